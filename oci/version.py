@@ -1,0 +1,3 @@
+"""The version of Crito, told once."""
+
+VERSION = "0.1.0"
