@@ -1,0 +1,332 @@
+"""The settings of the daemon: one frozen section per part, each key with its kind, default and description.
+
+Where the values come from (files, drop-ins, flags, the host) is `cri/config_reader.py`; how they are printed is
+`cri/config_text.py`. Durations are seconds, sizes are bytes. Keys bear CRI-O's names where the thing is the same.
+"""
+# ruff: noqa: RUF009  setting() makes a dataclass field, which is what dataclasses.field() does too.
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field
+from dataclasses import fields as dataclass_fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from cri import config_kinds as kinds
+from cri.config_kinds import Kind, Ulimit
+
+MIB = 1 << 20
+
+
+class CgroupDriver(StrEnum):
+    SYSTEMD = "systemd"
+    CGROUPFS = "cgroupfs"
+
+
+class LogLevel(StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormat(StrEnum):
+    TEXT = "text"
+    JSON = "json"
+
+
+def setting(kind: Kind[Any], default: Any, doc: str, *, shown: str = "") -> Any:
+    """A dataclass field that is a key of the file; `shown` tells what the default is where the host decides it."""
+    return field(default=default, metadata={"kind": kind, "doc": doc, "shown": shown})
+
+
+@dataclass(frozen=True, slots=True)
+class CritoSection:
+    """Where everything of this daemon lies. Two daemons on one machine need nothing but two of each."""
+
+    root: Path = setting(
+        kinds.PATH,
+        Path("/var/lib/crito"),
+        "Directory of what outlives a reboot: the state database, images, writable layers.",
+    )
+    run_dir: Path = setting(
+        kinds.PATH,
+        Path("/run/crito"),
+        "Directory of what a reboot ends: sockets, pinned namespaces, bundles, exit records. Put it on a tmpfs: there"
+        " a full disk cannot lose an exit code.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ApiSection:
+    """The socket on which kubelet and crictl are answered."""
+
+    listen: Path = setting(
+        kinds.SOCKET_PATH,
+        Path("/run/crito/crito.sock"),
+        "UNIX socket of the CRI, made with mode 0660.",
+        shown="crito.sock in crito.run_dir",
+    )
+    grpc_max_recv_msg_size: int = setting(kinds.GRPC_SIZE, 80 * MIB, "Largest message that is taken, in bytes.")
+    grpc_max_send_msg_size: int = setting(kinds.GRPC_SIZE, 80 * MIB, "Largest message that is sent, in bytes.")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamingSection:
+    """The server to which Exec, Attach and PortForward send their callers."""
+
+    address: str = setting(
+        kinds.ADDRESS, "127.0.0.1", "IP address to listen on; also the host of the URLs that are returned."
+    )
+    port: int = setting(kinds.PORT, 0, "TCP port; 0 takes a free one.")
+    tls_cert: Path | None = setting(
+        kinds.OPTIONAL_PATH, None, "Certificate (PEM) of the server; empty serves plain HTTP."
+    )
+    tls_key: Path | None = setting(kinds.OPTIONAL_PATH, None, "Private key (PEM) of tls_cert.")
+    tls_ca: Path | None = setting(
+        kinds.OPTIONAL_PATH, None, "CA (PEM) that must have signed the callers' certificates; empty asks for none."
+    )
+    idle_timeout: float = setting(
+        kinds.DURATION, 4 * 3600.0, "A session on which nothing moves for this long is closed."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeHandler:
+    """One OCI runtime, by the name that a RuntimeClass gives as its handler."""
+
+    path: Path = setting(
+        kinds.PATH,
+        MISSING,
+        "The OCI runtime's executable.",
+        shown="the executable of the handler's name in /usr/local/{s,}bin, /usr/{s,}bin, /{s,}bin",
+    )
+    root: Path = setting(
+        kinds.PATH,
+        MISSING,
+        "The OCI runtime's own state directory (its --root).",
+        shown="runtimes/NAME in crito.run_dir",
+    )
+    monitor_cgroup: str = setting(
+        kinds.CGROUP,
+        "",
+        "Cgroup of the monitors: an absolute path below the cgroup root. Empty leaves them in the daemon's. Never"
+        " a pod's, because kubelet kills what it finds there.",
+    )
+    allowed_annotations: tuple[str, ...] = setting(
+        kinds.TEXTS,
+        (),
+        "Annotations of pods and containers that the OCI runtime gets: exact names, or prefixes that end in *.",
+    )
+    privileged_without_host_devices: bool = setting(
+        kinds.FLAG, False, "A privileged container sees the usual devices only, not all of the host's."
+    )
+    container_min_memory: int = setting(
+        kinds.SIZE,
+        0,
+        "Memory limits below this are refused with a clear error, because the OCI runtime could not start the container"
+        " under them; 0 refuses none.",
+    )
+
+
+DEFAULT_CAPABILITIES = (
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FSETID",
+    "FOWNER",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "NET_BIND_SERVICE",
+    "KILL",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeSection:
+    """How pods and containers are run where the CRI leaves the choice to the runtime."""
+
+    default_handler: str = setting(
+        kinds.TEXT,
+        "",
+        "Runtime handler of pods that name none.",
+        shown="crun if it can run a container on this host, else runc; `crito check` says why",
+    )
+    cgroup_driver: CgroupDriver = setting(
+        kinds.choice(CgroupDriver),
+        CgroupDriver.CGROUPFS,
+        "Who makes cgroups; kubelet asks for it and follows.",
+        shown='"systemd" where /run/systemd/system exists, else "cgroupfs"',
+    )
+    drop_pause: bool = setting(
+        kinds.FLAG, False, "Keep no pause process for pods whose containers share no PID namespace."
+    )
+    pause_path: Path | None = setting(
+        kinds.OPTIONAL_PATH,
+        None,
+        "Static program that becomes the pause process, run as `PROGRAM -P`; empty uses the built-in one.",
+        shown="catatonit where it is installed, else the built-in one",
+    )
+    default_capabilities: tuple[str, ...] = setting(
+        kinds.CAPABILITIES, DEFAULT_CAPABILITIES, "Capabilities of containers that ask for nothing else."
+    )
+    default_env: tuple[tuple[str, str], ...] = setting(
+        kinds.ENVIRONMENT, (), 'Environment of every container, as "NAME=VALUE"; the image and the pod win.'
+    )
+    default_sysctls: tuple[tuple[str, str], ...] = setting(
+        kinds.SYSCTLS, (), 'Sysctls of every pod that has the namespace for them, as "NAME=VALUE"; the pod wins.'
+    )
+    default_ulimits: tuple[Ulimit, ...] = setting(
+        kinds.ULIMITS,
+        (Ulimit("nofile", 1024, 524288),),
+        'Resource limits of every container, as "NAME=SOFT:HARD" (prlimit names; -1 is unlimited).',
+    )
+    seccomp_profile: Path | None = setting(
+        kinds.OPTIONAL_PATH, None, "JSON file of the seccomp profile RuntimeDefault; empty uses the built-in one."
+    )
+    container_create_timeout: float = setting(
+        kinds.DURATION, 240.0, "An OCI runtime that has not created or started a container by then is killed."
+    )
+    log_size_max: int = setting(
+        kinds.LOG_SIZE,
+        0,
+        "Size at which a container's log stops growing until it is rotated; 0 is unlimited, else 8192 or more.",
+    )
+    handlers: Mapping[str, RuntimeHandler] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSection:
+    """Where images come from and how they are pulled."""
+
+    registries_conf: Path = setting(
+        kinds.PATH,
+        Path("/etc/containers/registries.conf"),
+        "Mirrors, rewrites, blocks (containers-registries.conf(5)).",
+    )
+    registries_conf_dir: Path = setting(
+        kinds.PATH, Path("/etc/containers/registries.conf.d"), "Drop-ins of registries_conf."
+    )
+    policy: Path = setting(
+        kinds.PATH,
+        Path("/etc/containers/policy.json"),
+        "Which images may be pulled (containers-policy.json(5)); none: all.",
+    )
+    auth_file: Path | None = setting(
+        kinds.OPTIONAL_PATH, None, "Registry credentials for pulls that bring none (containers-auth.json(5))."
+    )
+    certs_dir: Path = setting(
+        kinds.PATH, Path("/etc/containers/certs.d"), "Directories HOST[:PORT] with ca.crt, client.cert and client.key."
+    )
+    pinned_images: tuple[str, ...] = setting(
+        kinds.TEXTS, (), 'Images that kubelet must not collect: exact names, "prefix*" or "*word*".'
+    )
+    max_parallel_layers: int = setting(kinds.COUNT, 3, "Layers that are fetched and unpacked at once, over all pulls.")
+    pull_connect_timeout: float = setting(
+        kinds.DURATION, 30.0, "A registry that has not answered by then counts as gone."
+    )
+    pull_progress_timeout: float = setting(
+        kinds.DURATION,
+        60.0,
+        "A layer of which no byte has been fetched or unpacked for this long is tried again; 0 waits for ever.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkSection:
+    """How pods get their network: CNI."""
+
+    conf_dir: Path = setting(
+        kinds.PATH, Path("/etc/cni/net.d"), "Directory of CNI configurations, watched for changes."
+    )
+    plugin_dirs: tuple[Path, ...] = setting(
+        kinds.PATHS,
+        (Path("/opt/cni/bin"), Path("/usr/lib/cni"), Path("/usr/libexec/cni")),
+        "Directories in which CNI plugins are looked for, in order.",
+    )
+    default_network: str = setting(
+        kinds.TEXT,
+        "",
+        "Name of the network that pods join.",
+        shown="that of the first valid file in conf_dir, in lexical order",
+    )
+    timeout: float = setting(kinds.DURATION, 90.0, "A CNI plugin that has not finished by then is killed.")
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsSection:
+    """Prometheus metrics over HTTP."""
+
+    listen: str = setting(
+        kinds.LISTEN,
+        "",
+        'Where /metrics is served: "IP:PORT", or the absolute path of a UNIX socket; empty serves none.',
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TracingSection:
+    """Traces of requests, in OpenTelemetry's protocol."""
+
+    endpoint: str = setting(
+        kinds.HTTP_URL, "", 'Collector that takes OTLP over HTTP, as "http://HOST:4318"; empty sends nothing.'
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LogSection:
+    """The daemon's own log, on standard error."""
+
+    level: LogLevel = setting(kinds.choice(LogLevel), LogLevel.INFO, "Least level that is written.")
+    format: LogFormat = setting(
+        kinds.choice(LogFormat), LogFormat.TEXT, 'Shape of a line: "text" is key=value, "json" one object a line.'
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings; `origins` tells for each key, by its dotted name, where its value comes from."""
+
+    crito: CritoSection = CritoSection()
+    api: ApiSection = ApiSection()
+    streaming: StreamingSection = StreamingSection()
+    runtime: RuntimeSection = RuntimeSection()
+    image: ImageSection = ImageSection()
+    network: NetworkSection = NetworkSection()
+    metrics: MetricsSection = MetricsSection()
+    tracing: TracingSection = TracingSection()
+    log: LogSection = LogSection()
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of a section, as files, flags and documentation need to know it."""
+
+    name: str
+    kind: Kind[Any]
+    default: Any
+    doc: str
+    shown: str
+
+
+SECTIONS: Mapping[str, type[Any]] = {
+    "crito": CritoSection,
+    "api": ApiSection,
+    "streaming": StreamingSection,
+    "runtime": RuntimeSection,
+    "image": ImageSection,
+    "network": NetworkSection,
+    "metrics": MetricsSection,
+    "tracing": TracingSection,
+    "log": LogSection,
+}
+
+
+def keys(section: type[Any]) -> dict[str, Key]:
+    """The keys of one section in the order of its declaration."""
+    return {
+        each.name: Key(each.name, each.metadata["kind"], each.default, each.metadata["doc"], each.metadata["shown"])
+        for each in dataclass_fields(section)
+        if "kind" in each.metadata
+    }
