@@ -1,0 +1,59 @@
+# `make demo` shows it, `make test` proves it. Both set up what they need (tools/setup); as root they do everything.
+PYTHON_BIN := .venv/bin/python
+PYTEST := $(PYTHON_BIN) -m pytest
+ROOT := $(shell [ "$$(id -u)" = 0 ] && echo yes)
+
+.PHONY: demo test check format unit integration e2e critest bench setup docs proto clean
+
+demo: setup
+	$(PYTHON_BIN) -I demo/demo.py
+
+# Everything. Without root nothing that makes namespaces, mounts or cgroups can run: the unit tests only.
+ifeq ($(ROOT),yes)
+test: setup
+	$(PYTEST) tests
+else
+test: unit
+	@echo "make test: not root: ran the unit tests only; run as root for integration and e2e"
+endif
+
+check: setup
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	$(PYTHON_BIN) -m mypy
+	$(PYTEST) -q tests/unit/house
+
+format: setup
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+unit: setup
+	$(PYTEST) tests/unit
+
+integration: setup
+	$(PYTEST) tests/integration
+
+e2e: setup
+	$(PYTEST) tests/e2e
+
+critest: setup
+	$(PYTHON_BIN) -m critest
+
+bench: setup
+	tools/setup --peers
+	$(PYTHON_BIN) -m bench
+
+setup:
+	@tools/setup
+
+# The reference pages and the default file, from the declarations in cri/.
+docs: setup
+	$(PYTHON_BIN) tools/docs.py
+
+# The CRI's code, from api.proto.
+proto: setup
+	PATH=$(CURDIR)/.venv/bin:$$PATH $(PYTHON_BIN) -m grpc_tools.protoc -I. --python_out=. --mypy_out=. \
+	    --grpc_python_out=. cri/api/runtime/v1/api.proto
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
