@@ -11,7 +11,6 @@ import logging
 import os
 import queue
 import re
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -129,8 +128,3 @@ def _write(fd: int, text: str) -> None:
     left = memoryview(text.encode(errors="backslashreplace"))
     while left:
         left = left[os.write(fd, left) :]
-
-
-def complain(text: str) -> None:
-    """Tells a user at a terminal what is wrong, outside of the log."""
-    print(f"crito: {text}", file=sys.stderr)
