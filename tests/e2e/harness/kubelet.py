@@ -1,0 +1,169 @@
+"""A standalone kubelet (static pods from a directory, no API server) on a daemon's socket."""
+
+import json
+import os
+import shutil
+import subprocess
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.harness.daemon import Daemon
+from tests.e2e.harness.ports import free_port, wait_until
+
+PROGRAM = shutil.which("kubelet") or ""
+
+# What kubelet sets on a node when it starts.
+SYSCTLS = (
+    "vm/overcommit_memory",
+    "vm/panic_on_oom",
+    "kernel/panic",
+    "kernel/panic_on_oops",
+    "kernel/keys/root_maxkeys",
+    "kernel/keys/root_maxbytes",
+)
+
+
+class Kubelet:
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon = daemon
+        self.directory = daemon.directory / "kubelet"
+        self.manifests = self.directory / "manifests"
+        self.log = self.directory / "log"
+        self.port, self.read_only_port = free_port(), free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.manifests.mkdir(parents=True)
+
+    def start(self) -> None:
+        for hierarchy in _hierarchies():
+            (hierarchy / self.daemon.cgroup_parent).mkdir(exist_ok=True)
+        config = self.directory / "config.json"
+        config.write_text(json.dumps(self._config()))
+        command = [
+            PROGRAM,
+            f"--config={config}",
+            f"--root-dir={self.directory}/root",
+            f"--cert-dir={self.directory}/pki",
+            "--hostname-override=e2e",
+            "--node-ip=127.0.0.1",
+            "--v=2",
+        ]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        wait_until(self._answers, f"kubelet answers (see {self.log})", 60, self.process)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def write(self, manifest: Mapping[str, Any]) -> None:
+        """Put a static pod there, or a new version of one; by rename, so that it is never seen half written."""
+        path = self.manifests / f"{manifest['metadata']['name']}.json"
+        draft = self.directory / path.name
+        draft.write_text(json.dumps(manifest))
+        draft.rename(path)
+
+    def remove(self, name: str) -> None:
+        (self.manifests / f"{name}.json").unlink()
+
+    def pods(self) -> list[dict[str, Any]]:
+        """What kubelet says of its pods, with their status."""
+        pods: list[dict[str, Any]] = self._get("/pods")["items"] or []
+        return pods
+
+    def pod(self, name: str) -> dict[str, Any] | None:
+        """The static pod `name`: kubelet appends the node's name to it."""
+        return next((pod for pod in self.pods() if pod["metadata"]["name"] == f"{name}-e2e"), None)
+
+    def condition(self, name: str, condition: str) -> bool:
+        pod = self.pod(name)
+        listed = pod["status"].get("conditions", []) if pod else []
+        return any(each["type"] == condition and each["status"] == "True" for each in listed)
+
+    def stats(self) -> dict[str, Any]:
+        return self._get("/stats/summary")
+
+    def _get(self, path: str) -> dict[str, Any]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.read_only_port}{path}", timeout=20) as answer:
+            body: dict[str, Any] = json.loads(answer.read())
+            return body
+
+    def _answers(self) -> bool:
+        try:
+            self.pods()
+        except OSError:
+            return False
+        return True
+
+    def _config(self) -> dict[str, Any]:
+        resolv = self.directory / "resolv.conf"
+        resolv.write_text("nameserver 127.0.0.1\n")
+        return {
+            "apiVersion": "kubelet.config.k8s.io/v1beta1",
+            "kind": "KubeletConfiguration",
+            "containerRuntimeEndpoint": f"unix://{self.daemon.socket}",
+            "imageServiceEndpoint": f"unix://{self.daemon.socket}",
+            "staticPodPath": str(self.manifests),
+            "podLogsDir": str(self.directory / "pod-logs"),
+            "volumePluginDir": str(self.directory / "plugins"),
+            "resolvConf": str(resolv),
+            "address": "127.0.0.1",
+            "port": self.port,
+            "readOnlyPort": self.read_only_port,
+            "healthzPort": 0,
+            "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
+            "authorization": {"mode": "AlwaysAllow"},
+            "cgroupDriver": "cgroupfs",
+            "cgroupRoot": f"/{self.daemon.cgroup_parent}",
+            "failCgroupV1": False,
+            "failSwapOn": False,
+            "oomScoreAdj": 0,
+            "enforceNodeAllocatable": ["pods"],
+            "makeIPTablesUtilChains": False,
+            "fileCheckFrequency": "1s",
+            "syncFrequency": "2s",
+            "evictionHard": {"memory.available": "1Mi"},
+            "imageGCHighThresholdPercent": 100,
+            "imageGCLowThresholdPercent": 99,
+            "shutdownGracePeriod": "0s",
+            "registerNode": False,
+        }
+
+
+def _hierarchies() -> Iterator[Path]:
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[fields.index("-") + 1] in ("cgroup", "cgroup2"):
+            yield Path(fields[4])
+
+
+@contextmanager
+def running_kubelet(daemon: Daemon) -> Iterator[Kubelet]:
+    """A kubelet, with the host's sysctls put back when it ends."""
+    before = {name: Path("/proc/sys", name).read_text() for name in SYSCTLS if Path("/proc/sys", name).exists()}
+    kubelet = Kubelet(daemon)
+    try:
+        kubelet.start()
+        yield kubelet
+    finally:
+        kubelet.stop()
+        for name, value in before.items():
+            Path("/proc/sys", name).write_text(value)
+        _unmount_volumes(kubelet.directory)
+
+
+def _unmount_volumes(directory: Path) -> None:
+    for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
+        target = line.split()[4]
+        if target.startswith(f"{directory}/"):
+            subprocess.run(["umount", "-l", target], check=False, capture_output=True)
+
+
+def text_of_log(kubelet: Kubelet, lines: int = 40) -> str:
+    return os.linesep.join(kubelet.log.read_text(errors="replace").splitlines()[-lines:])
