@@ -51,7 +51,12 @@ class Ledger:
         self._path(key).unlink(missing_ok=True)
 
     def read(self) -> tuple[Entry, ...]:
-        """All entries. One that cannot be read is logged and dropped: nothing can be released by it."""
+        """All entries; to be called while nobody writes.
+
+        One that is unreadable is logged and dropped: nothing can be released by it.
+        """
+        for unfinished in self._dir.glob("*.new"):
+            unfinished.unlink()
         return tuple(entry for path in sorted(self._dir.glob("*.json")) if (entry := self._entry(path)))
 
     def _entry(self, path: Path) -> Entry | None:
