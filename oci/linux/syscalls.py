@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -63,7 +63,7 @@ RESOLVE_IN_ROOT = 0x10
 PR_SET_CHILD_SUBREAPER = 36
 PR_CAPBSET_READ = 23
 
-PathText = str | bytes | Path
+PathText = str | bytes | PurePath
 
 
 class _OpenHow(ctypes.Structure):
