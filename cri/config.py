@@ -250,6 +250,9 @@ class NetworkSection:
         "Name of the network that pods join.",
         shown="that of the first valid file in conf_dir, in lexical order",
     )
+    max_conf_num: int = setting(
+        kinds.COUNT_OR_ALL, 1, "How many of the networks in conf_dir a pod joins, the default one first; 0 is all."
+    )
     timeout: float = setting(kinds.DURATION, 90.0, "A CNI plugin that has not finished by then is killed.")
 
 

@@ -267,6 +267,7 @@ def choice(enum: type[E]) -> Kind[E]:
 TEXT: Kind[str] = _scalar("a text", _text)
 FLAG: Kind[bool] = Kind("true or false", _flag, _flag_text, lambda value: value)
 COUNT: Kind[int] = Kind("a whole number from 1 to 1000", _whole(1, 1000), _number, lambda value: value)
+COUNT_OR_ALL: Kind[int] = Kind("a whole number from 0 to 1000", _whole(0, 1000), _number, lambda value: value)
 PORT: Kind[int] = Kind("a port, 0 to 65535", _whole(0, 65535), _number, lambda value: value)
 PATH: Kind[Path] = _scalar("an absolute path", _path, str)
 OPTIONAL_PATH: Kind[Path | None] = _scalar(

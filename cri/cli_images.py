@@ -1,0 +1,168 @@
+"""`crito images …`: what the running daemon has of images, for people and for scripts."""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from cri.api.runtime.v1 import api_pb2 as api
+from cri.node_client import SHORT_TIMEOUT_S, connected
+from cri.node_messages import ImageEvent, ImageSummary, LoadImage, Progress, PullImage
+from oci.errors import Error, InvalidArgument, NotFound
+
+Arguments = argparse.Namespace
+
+
+def list_images(socket: Path, arguments: Arguments) -> int:
+    with connected(socket) as daemon:
+        images = daemon.images.ListImages(api.ListImagesRequest(), timeout=SHORT_TIMEOUT_S).images
+    if arguments.json:
+        print(json.dumps([_as_json(image) for image in images], indent=2))
+        return 0
+    rows = [("IMAGE", "ID", "SIZE", "")]
+    for image in images:
+        pinned = "pinned" if image.pinned else ""
+        rows += [(name, short_id(image.id), size(image.size), pinned) for name in _names(image)]
+    print_table(rows)
+    return 0
+
+
+def pull(socket: Path, arguments: Arguments) -> int:
+    username, colon, password = arguments.creds.partition(":")
+    if arguments.creds and not colon:
+        raise InvalidArgument("--creds: expected USER:PASSWORD")
+    with connected(socket) as daemon:
+        return follow(daemon.pull(PullImage(arguments.reference, username, password)), arguments.json)
+
+
+def load(socket: Path, arguments: Arguments) -> int:
+    path = arguments.path.absolute()
+    with connected(socket) as daemon:
+        return follow(daemon.load(LoadImage(str(path), arguments.reference)), arguments.json)
+
+
+def inspect(socket: Path, arguments: Arguments) -> int:
+    request = api.ImageStatusRequest(image=api.ImageSpec(image=arguments.reference), verbose=True)
+    with connected(socket) as daemon:
+        answer = daemon.images.ImageStatus(request, timeout=SHORT_TIMEOUT_S)
+    if not answer.image.id:
+        raise NotFound(f"no image {arguments.reference} here")
+    print(json.dumps({**_as_json(answer.image), **json.loads(answer.info.get("info", "{}"))}, indent=2))
+    return 0
+
+
+def remove(socket: Path, arguments: Arguments) -> int:
+    """Removes all that can be removed; says of each other why not."""
+    failed = 0
+    with connected(socket) as daemon:
+        for reference in arguments.references:
+            spec = api.ImageSpec(image=reference)
+            if not daemon.images.ImageStatus(api.ImageStatusRequest(image=spec), timeout=SHORT_TIMEOUT_S).image.id:
+                print(f"crito: no image {reference} here", file=sys.stderr)
+                failed = 1
+                continue
+            daemon.images.RemoveImage(api.RemoveImageRequest(image=spec), timeout=60)
+            print(reference)
+    return failed
+
+
+def follow(events: Iterator[ImageEvent], as_json: bool, out: TextIO = sys.stdout) -> int:
+    """Shows a pull or load as it goes: a bar on a terminal, else nothing but its result."""
+    bar = Bar(sys.stderr) if sys.stderr.isatty() and not as_json else None
+    images: tuple[ImageSummary, ...] = ()
+    try:
+        for event in events:
+            images = event.images or images
+            if as_json:
+                for progress in event.progress:
+                    print(json.dumps({"progress": _fields(progress)}), file=out, flush=True)
+            elif bar:
+                bar.show(event.progress)
+    finally:
+        if bar:
+            bar.close()
+    if not images:
+        raise Error("the daemon ended the stream without naming an image")
+    for image in images:
+        if as_json:
+            print(json.dumps({"image": _fields(image)}), file=out)
+        else:
+            names = image.repo_tags or image.repo_digests
+            print(" ".join([short_id(image.id), size(image.size_bytes), *names]), file=out)
+    return 0
+
+
+class Bar:
+    """One line on a terminal that says how far all layers together are."""
+
+    def __init__(self, terminal: TextIO) -> None:
+        self._terminal = terminal
+        self._layers: dict[str, Progress] = {}
+        self._started = time.monotonic()
+
+    def show(self, progress: tuple[Progress, ...]) -> None:
+        self._layers |= {each.layer: each for each in progress}
+        if self._layers:
+            width = shutil.get_terminal_size().columns - 1
+            self._terminal.write("\r" + self.line(width, time.monotonic() - self._started).ljust(width))
+            self._terminal.flush()
+
+    def line(self, width: int, seconds: float) -> str:
+        done = sum(each.done_bytes for each in self._layers.values())
+        total = sum(max(each.total_bytes, each.done_bytes) for each in self._layers.values())
+        share = done / total if total else 0.0
+        words = f" {size(done)} of {size(total)}, {size(int(done / max(seconds, 0.001)))}/s, {len(self._layers)} layers"
+        room = max(10, width - len(words) - 7)
+        full = round(room * share)
+        return f"{share:4.0%} [{'#' * full}{'.' * (room - full)}]{words}"[:width]
+
+    def close(self) -> None:
+        if self._layers:
+            self._terminal.write("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r")
+            self._terminal.flush()
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that leaves three digits: "1.23 MB"."""
+    if count < 1000:
+        return f"{count} B"
+    amount = float(count)
+    for unit in ("kB", "MB", "GB"):
+        amount /= 1000
+        if amount < 1000:
+            return f"{amount:.3g} {unit}"
+    return f"{amount / 1000:.3g} TB"
+
+
+def short_id(image_id: str) -> str:
+    return image_id.removeprefix("sha256:")[:12]
+
+
+def print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _names(image: Any) -> list[str]:
+    return list(image.repo_tags) or list(image.repo_digests) or ["<none>"]
+
+
+def _as_json(image: Any) -> dict[str, Any]:
+    return {
+        "id": image.id,
+        "repo_tags": list(image.repo_tags),
+        "repo_digests": list(image.repo_digests),
+        "size_bytes": image.size,
+        "uid": image.uid.value if image.HasField("uid") else None,
+        "username": image.username,
+        "pinned": image.pinned,
+    }
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}

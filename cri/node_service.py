@@ -1,0 +1,107 @@
+"""Serves `crito.v1.Node` (see node_messages.py): the command line's image work, and how the daemon is."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from cri.changes import Changes
+from cri.image_service.auth import Credentials
+from cri.image_service.images import Image, Images
+from cri.image_service.images import Progress as LayerProgress
+from cri.node_messages import (
+    SERVICE,
+    ImageEvent,
+    ImageSummary,
+    Inspect,
+    LoadImage,
+    Progress,
+    PullImage,
+    decoder,
+    encode,
+)
+from oci.errors import InvalidArgument
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+PROGRESS_INTERVAL_S = 0.1
+
+
+class NodeService:
+    def __init__(self, images: Images, changes: Changes, inspect: Callable[[], Mapping[str, Any]]) -> None:
+        self._images = images
+        self._changes = changes
+        self._inspect = inspect
+
+    def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
+        """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
+        methods = {
+            "PullImage": grpc.unary_stream_rpc_method_handler(self.PullImage, decoder(PullImage), encode),
+            "LoadImage": grpc.unary_stream_rpc_method_handler(self.LoadImage, decoder(LoadImage), encode),
+            "Inspect": grpc.unary_unary_rpc_method_handler(self.Inspect, decoder(Inspect), encode),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    async def PullImage(self, request: PullImage, context: Context) -> AsyncIterator[ImageEvent]:
+        credentials = Credentials(username=request.username, password=request.password) if request.username else None
+
+        async def pull(told: "_Told") -> tuple[Image, ...]:
+            return (await self._images.pull(request.reference, credentials, on_progress=told.tell),)
+
+        async for event in _events(pull):
+            yield event
+
+    async def LoadImage(self, request: LoadImage, context: Context) -> AsyncIterator[ImageEvent]:
+        path = Path(request.path)
+        if not path.is_absolute():
+            raise InvalidArgument(f"path {request.path!r}: expected an absolute path")
+
+        async def load(told: "_Told") -> tuple[Image, ...]:
+            return await self._changes.run(
+                f"load {path}", lambda: self._images.load(path, request.reference or None, on_progress=told.tell)
+            )
+
+        async for event in _events(load):
+            yield event
+
+    async def Inspect(self, request: Inspect, context: Context) -> Mapping[str, Any]:
+        return self._inspect()
+
+
+class _Told:
+    """The latest that was said of each layer and not yet passed on."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, Progress] = {}
+
+    def tell(self, progress: LayerProgress) -> None:
+        self._latest[progress.layer] = Progress(
+            progress.layer, progress.stage, progress.done_bytes, progress.total_bytes
+        )
+
+    def take(self) -> tuple[Progress, ...]:
+        latest, self._latest = self._latest, {}
+        return tuple(latest.values())
+
+
+async def _events(work: Callable[[_Told], Coroutine[Any, Any, tuple[Image, ...]]]) -> AsyncIterator[ImageEvent]:
+    """Progress while `work` runs, then its images; a caller that goes away cancels it."""
+    told = _Told()
+    task = asyncio.create_task(work(told))
+    try:
+        while not task.done():
+            await asyncio.wait([task], timeout=PROGRESS_INTERVAL_S)
+            if progress := told.take():
+                yield ImageEvent(progress=progress)
+        yield ImageEvent(images=tuple(_summary(image) for image in task.result()))
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])
+
+
+def _summary(image: Image) -> ImageSummary:
+    return ImageSummary(image.id, image.repo_tags, image.repo_digests, image.size_bytes)
