@@ -1,0 +1,66 @@
+"""What `crito check` concludes from what it finds."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cri import check
+from cri.check import Finding, Weight, can_run, text
+from cri.config import CgroupDriver, Config
+from oci.linux.cgroup import Cgroups, Hierarchy
+
+GOOD = Finding("kernel", True, Weight.REQUIRED, "6.1")
+BAD = Finding("overlayfs", False, Weight.REQUIRED, "cannot be mounted", "containers need it")
+ODD = Finding("AppArmor", False, Weight.SOME, "not in this kernel", "pods that name it are refused")
+
+
+def test_only_what_is_required_keeps_pods_from_running() -> None:
+    assert can_run([GOOD, ODD])
+    assert not can_run([GOOD, BAD])
+
+
+def test_a_line_says_what_was_seen_and_a_lack_what_it_means() -> None:
+    lines = text([GOOD, ODD]).splitlines()
+
+    assert lines[0] == "✓ kernel    6.1"
+    assert lines[1] == "✗ AppArmor  not in this kernel"
+    assert lines[2].strip() == "→ pods that name it are refused"
+    assert lines[-1] == "Pods can run here."
+    assert text([BAD]).endswith("Pods cannot run here: see the lines marked ✗.")
+
+
+@pytest.mark.parametrize(
+    ("release", "ok"),
+    [("6.18.44-fc-v669", True), ("5.12.0", True), ("5.11.22-generic", False), ("4.19", False), ("6.1-rc3+", True)],
+)
+def test_the_kernel_must_be_new_enough(release: str, ok: bool) -> None:
+    assert check._kernel(release).ok is ok
+
+
+def test_missing_controllers_are_named() -> None:
+    cgroups = Cgroups((Hierarchy(Path("/sys/fs/cgroup"), frozenset({"cpu", "memory"}), True),))
+
+    findings = {finding.name: finding for finding in check._cgroups(cgroups, CgroupDriver.CGROUPFS)}
+
+    assert findings["cgroups"].seen == "v2"
+    assert findings["cgroup controllers"].seen == "lacks cpuset, pids"
+    assert findings["cgroup controllers"].weight is Weight.SOME
+
+
+def test_no_user_namespaces_is_no_obstacle_to_most_pods(tmp_path: Path) -> None:
+    for name in check.NAMESPACES:
+        (tmp_path / name).touch()
+    (tmp_path / "max").write_text("0\n")
+
+    findings = list(check._namespaces(tmp_path, tmp_path / "max"))
+
+    assert [finding.ok for finding in findings] == [True, False]
+    assert can_run(findings)
+
+
+def test_json_has_every_finding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(check, "examine", lambda _config: iter([GOOD, BAD]))
+
+    assert check.main(Config(), as_json=True) == 1
+    assert [each["name"] for each in json.loads(capsys.readouterr().out)] == ["kernel", "overlayfs"]
