@@ -6,7 +6,7 @@ ROOT := $(shell [ "$$(id -u)" = 0 ] && echo yes)
 .PHONY: demo test check format unit integration e2e critest bench setup docs proto clean
 
 demo: setup
-	$(PYTHON_BIN) -I demo/demo.py
+	@$(PYTHON_BIN) -m demo
 
 # Everything. Without root nothing that makes namespaces, mounts or cgroups can run: the unit tests only.
 ifeq ($(ROOT),yes)
