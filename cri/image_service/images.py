@@ -1,0 +1,746 @@
+"""The story of an image: pulled or loaded, found by its names, held by containers, removed.
+
+Lists and look-ups answer from memory. Bulk bytes stay in worker processes; a layer is fetched and unpacked once,
+whoever wants it and however many at once.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import oci.image
+from cri.image_service import auth, policy
+from cri.image_service import reference as references
+from cri.image_service.auth import Credentials
+from cri.image_service.implied import make_implied_layer
+from cri.image_service.joined import Joined
+from cri.image_service.manifest import Descriptor, host_platform, is_digest, parse_platform
+from cri.image_service.reference import Reference
+from cri.image_service.registries_conf import RegistriesFiles
+from cri.image_service.snapshots import LayerDirectory, References, directory_name, total
+from cri.image_service.store import Contents, ImageRecord, LayerRecord, Name, Store
+from cri.image_service.workers import Workers
+from oci.errors import Error, InvalidArgument, NotFound, PermissionDenied, Unavailable
+from oci.image import ImageConfig
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_ID_PREFIX_LENGTH = 4
+_LARGE_CONFIG = 1 << 18  # characters, from which parsing is a thread's work
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSettings:
+    root: Path  # …/images
+    registries_conf: Path | None = None
+    registries_conf_dir: Path | None = None
+    policy: Path | None = None  # None: every image is accepted
+    auth_file: Path | None = None
+    certs_dir: Path | None = None
+    pinned_images: tuple[str, ...] = ()  # exact names, "glob*", "*keyword*"
+    max_parallel_layers: int = 4
+    connect_timeout_s: float = 10.0
+    read_timeout_s: float = 30.0
+    progress_timeout_s: float = 300.0  # without a byte fetched, unpacked or synced
+    keep_partial_s: float = 600.0  # how long layers of a pull that failed wait for the next try
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    id: str  # "sha256:<digest of the config>"
+    repo_tags: tuple[str, ...]
+    repo_digests: tuple[str, ...]
+    size_bytes: int
+    config: ImageConfig
+    pinned: bool = False
+    manifest_digest: str = ""
+    pulled_at: int = 0  # ns since the epoch
+
+    @property
+    def uid(self) -> int | None:
+        """The numeric user of the config; None where it is a name or not set."""
+        user = self.config.user.partition(":")[0]
+        return int(user) if user.isdecimal() and user.isascii() else None
+
+    @property
+    def username(self) -> str:
+        user = self.config.user.partition(":")[0]
+        return "" if self.uid is not None else user
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a pull or load is; counts bytes of all its layers together."""
+
+    reference: str
+    phase: str = "resolving"  # resolving, fetching, done
+    layers_total: int = 0
+    layers_done: int = 0
+    bytes_total: int = 0  # compressed, of the layers that are not there yet
+    bytes_fetched: int = 0
+    bytes_unpacked: int = 0
+    started_at: float = field(default_factory=time.monotonic)
+    listeners: list[Callable[["Progress"], None]] = field(default_factory=list, repr=False)
+
+    def changed(self) -> None:
+        for listener in self.listeners:
+            listener(self)
+
+
+@dataclass(frozen=True, slots=True)
+class FsUsage:
+    path: Path
+    used_bytes: int
+    inodes_used: int
+    timestamp: int  # ns since the epoch
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer to have: what it shall be, and the worker's request that gets it."""
+
+    diff_id: str
+    size_bytes: int
+    request: dict[str, Any]
+
+
+class Images:
+    """Use `open`."""
+
+    def __init__(self, settings: ImageSettings, store: Store, database: ThreadPoolExecutor) -> None:
+        self._settings = settings
+        self._store = store
+        self._database = database
+        self._directory = LayerDirectory(settings.root)
+        self._registries = RegistriesFiles(settings.registries_conf, settings.registries_conf_dir)
+        self._workers = Workers(settings.max_parallel_layers, settings.progress_timeout_s)
+        self._slots = asyncio.Semaphore(settings.max_parallel_layers)
+        self._catalog = asyncio.Lock()  # held while database and memory take in one change of images or names
+        self._pulls: Joined[object, Image] = Joined()
+        self._layer_work: Joined[str, None] = Joined()
+        self._progress: dict[object, Progress] = {}
+        self._images: dict[str, Image] = {}
+        self._names: dict[str, Name] = {}
+        self._layers: dict[str, LayerRecord] = {}
+        self._layers_of: dict[str, tuple[str, ...]] = {}  # also of images removed but held
+        self._references = References()
+        self._leaving: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._later: asyncio.TimerHandle | None = None
+
+    # ---- life
+
+    @classmethod
+    async def open(cls, settings: ImageSettings) -> "Images":
+        """The images under `settings.root`; an image that lacks a layer is dropped, what a crash left is discarded.
+
+        Containers that live must `hold` their image anew, then call `sweep`.
+        """
+        database = ThreadPoolExecutor(1, thread_name_prefix="images.db")
+        loop = asyncio.get_running_loop()
+        try:
+            directory = LayerDirectory(settings.root)
+            await loop.run_in_executor(database, directory.prepare)
+            store = await loop.run_in_executor(database, Store, settings.root / "images.db")
+            contents = await loop.run_in_executor(database, partial(_recover, store, directory))
+        except BaseException:
+            database.shutdown()
+            raise
+        images = cls(settings, store, database)
+        images._take(contents)
+        images._empty_trash(directory.trash())
+        return images
+
+    async def close(self) -> None:
+        """Ends pulls and workers; what they were making is swept at the next start."""
+        if self._later is not None:
+            self._later.cancel()
+        await self._pulls.cancel_all()
+        await self._layer_work.cancel_all()
+        await self._workers.close()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        await asyncio.get_running_loop().run_in_executor(self._database, self._store.close)
+        self._database.shutdown()
+
+    # ---- look-ups, from memory
+
+    def list(self, reference: str = "") -> tuple[Image, ...]:
+        """All images, or the one that `reference` names."""
+        if not reference:
+            return tuple(self._images.values())
+        found = self.find(reference)
+        return () if found is None else (found,)
+
+    def find(self, reference: str) -> Image | None:
+        """The image with this id (or a unique prefix of it), tag or digest; None also for what is no reference."""
+        if references.is_image_id(reference):
+            return self._images.get(f"sha256:{reference.removeprefix('sha256:')}")
+        if reference in self._images:
+            return self._images[reference]
+        try:
+            parsed = references.with_default_tag(references.parse(reference))
+        except InvalidArgument:
+            return self._by_id_prefix(reference)
+        for candidate in self._local_meanings(parsed):
+            name = self._names.get(f"{candidate.name}@{candidate.digest}" if candidate.digest else candidate.tagged)
+            if name is not None:
+                return self._images.get(name.image_id)
+            if candidate.digest and (found := self._by_manifest(candidate)) is not None:
+                return found
+        return self._by_id_prefix(reference)
+
+    def resolve(self, reference: str) -> Image:
+        """As `find`; raises NotFound."""
+        found = self.find(reference)
+        if found is None:
+            raise NotFound(f"image {reference} is not on this node")
+        return found
+
+    def layer_paths(self, image_id: str) -> tuple[Path, ...]:
+        """The trees to mount, lowest first; also of an image that was removed while a container held it."""
+        layers = self._layers_of.get(image_id)
+        if layers is None:
+            raise NotFound(f"image {image_id} is not on this node")
+        return tuple(self._directory.path(diff_id) for diff_id in layers)
+
+    def pulls(self) -> tuple[Progress, ...]:
+        """How far each pull and load under way is."""
+        return tuple(self._progress.values())
+
+    async def raw_documents(self, image_id: str) -> tuple[str, str]:
+        """Config and manifest as they were pulled; the manifest is "" where the source had none."""
+        record = await self._db(self._store.image, image_id)
+        if record is None:
+            raise NotFound(f"image {image_id} is not on this node")
+        return record.config, record.manifest
+
+    async def fs_usage(self) -> FsUsage:
+        used, inodes = total(self._layers.values())
+        return FsUsage(self._settings.root, used, inodes, time.time_ns())
+
+    # ---- pull
+
+    async def pull(
+        self,
+        reference: str,
+        credentials: Credentials | None = None,
+        *,
+        platform: str | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Image:
+        """The image that the registry has under `reference` now; layers that are here are not fetched again.
+
+        The same pull at once is one. A caller that is cancelled stops waiting; when none is left the pull ends.
+        Raises InvalidArgument, NotFound, PermissionDenied ("SignatureValidationFailed…" where the policy refuses),
+        Unavailable ("RegistryUnavailable…"), ResourceExhausted, DeadlineExceeded, or Error for what makes no sense.
+        """
+        parsed = references.with_default_tag(references.parse(reference))
+        if platform is not None:
+            parse_platform(platform)
+        key = (str(parsed), credentials, platform)
+        progress = self._progress.setdefault(key, Progress(str(parsed)))
+        if on_progress is not None:
+            progress.listeners.append(on_progress)
+        try:
+            return await self._pulls.run(key, lambda: self._pull(key, parsed, credentials, platform, progress))
+        finally:
+            if on_progress is not None:
+                progress.listeners.remove(on_progress)
+
+    async def _pull(
+        self,
+        key: object,
+        parsed: Reference,
+        credentials: Credentials | None,
+        platform: str | None,
+        progress: Progress,
+    ) -> Image:
+        try:
+            conf = await asyncio.to_thread(self._registries.current)
+            meanings = conf.qualified(parsed)
+            for at, meaning in enumerate(meanings):
+                try:
+                    return await self._pull_qualified(meaning, credentials, platform, progress)
+                except (NotFound, PermissionDenied, Unavailable) as error:
+                    if at == len(meanings) - 1:
+                        raise
+                    log.info("%s is not at %s: %s", parsed, meaning.registry, error)
+            raise NotFound(f"image {parsed} has no place to be asked for")
+        finally:
+            self._progress.pop(key, None)
+
+    async def _pull_qualified(
+        self, wanted: Reference, credentials: Credentials | None, platform: str | None, progress: Progress
+    ) -> Image:
+        scopes = policy.registry_scopes(wanted)
+        await asyncio.to_thread(policy.check, self._settings.policy, "docker", scopes, f"image {wanted}")
+        sources = await self._sources(wanted, credentials)
+        resolved = await self._workers.call(
+            {
+                "verb": "resolve",
+                "name": str(wanted),
+                "reference": wanted.digest or wanted.tag,
+                "platform": platform or str(host_platform()),
+                "sources": sources,
+                **self._timeouts(),
+            }
+        )
+        config = await self._config(resolved["config"], f"image {wanted}")
+        descriptors = [Descriptor(**each) for each in resolved["layers"]]
+        diff_ids = _diff_ids(config, len(descriptors), f"image {wanted}")
+        best = [sources[resolved["source"]], *(each for each in sources if each is not sources[resolved["source"]])]
+        shared = {"verb": "layer", "sources": best, "session": resolved["session"], **self._timeouts()}
+        layers = [
+            _Layer(
+                diff_id,
+                descriptor.size_bytes,
+                {**shared, "digest": descriptor.digest, "size_bytes": descriptor.size_bytes},
+            )
+            for diff_id, descriptor in zip(diff_ids, descriptors, strict=True)
+        ]
+        return await self._complete(resolved, config, layers, _names(wanted, resolved["digest"]), progress)
+
+    async def _sources(self, wanted: Reference, credentials: Credentials | None) -> Sequence[dict[str, Any]]:
+        conf = await asyncio.to_thread(self._registries.current)
+        sources = []
+        for endpoint in conf.endpoints(wanted):
+            known = await auth.for_endpoint(endpoint, wanted.registry, credentials, self._settings.auth_file)
+            sources.append(
+                {
+                    "host": endpoint.host,
+                    "repository": endpoint.repository,
+                    "insecure": endpoint.insecure,
+                    "certs_dir": str(self._settings.certs_dir or ""),
+                    "credentials": known.to_json() if known is not None else None,
+                }
+            )
+        return sources
+
+    def _timeouts(self) -> dict[str, Any]:
+        settings = self._settings
+        return {"timeouts": {"connect_s": settings.connect_timeout_s, "read_s": settings.read_timeout_s}}
+
+    # ---- load
+
+    async def load(
+        self,
+        path: Path,
+        reference: str | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> tuple[Image, ...]:
+        """The images in an OCI layout, an OCI archive or an archive of docker save, under the names it gives them.
+
+        `reference` names the image instead, where there is one only. Errors as for `pull`.
+        """
+        name = references.with_default_tag(references.parse(reference)) if reference else None
+        if name is not None and name.is_short:
+            name = references.with_registry(name, references.DOCKER_HUB)
+        progress = Progress(str(path), listeners=[on_progress] if on_progress is not None else [])
+        self._progress[key := object()] = progress
+        scratch = self._settings.root / "layers" / f"load.tmp-{secrets.token_hex(4)}"
+        try:
+            return await self._load(path, name, scratch, progress)
+        finally:
+            self._progress.pop(key, None)
+            self._discard(scratch)
+
+    async def _load(self, path: Path, name: Reference | None, scratch: Path, progress: Progress) -> tuple[Image, ...]:
+        scopes = await asyncio.to_thread(policy.file_scopes, path)
+        found = await self._workers.call(
+            {"verb": "inspect", "path": str(path), "scratch": str(scratch), "platform": str(host_platform())}
+        )
+        if name is not None and len(found["images"]) != 1:
+            raise InvalidArgument(f"{path} holds {len(found['images'])} images; one name is not enough for them")
+        loaded = []
+        for image in found["images"]:
+            transport = "oci" if image["manifest"] else "docker-archive"
+            await asyncio.to_thread(policy.check, self._settings.policy, transport, scopes, f"images of {path}")
+            spelled = [name] if name is not None else [_local_name(each) for each in image["names"]]
+            names = [pair for each in spelled if each is not None for pair in _names(each, image["manifest_digest"])]
+            config = await self._config(image["config"], f"image in {path}")
+            diff_ids = _diff_ids(config, len(image["layers"]), f"image in {path}")
+            layers = [
+                _Layer(
+                    diff_id,
+                    where["size_bytes"],
+                    {
+                        "verb": "layer",
+                        "digest": where["digest"],
+                        "file": {key: where[key] for key in ("path", "offset", "size_bytes")},
+                    },
+                )
+                for diff_id, where in zip(diff_ids, image["layers"], strict=True)
+            ]
+            loaded.append(await self._complete(image, config, layers, names, progress))
+        return tuple(loaded)
+
+    # ---- from documents to an image
+
+    async def _complete(
+        self,
+        found: dict[str, Any],
+        config: ImageConfig,
+        layers: Sequence[_Layer],
+        names: Iterable[tuple[str, bool]],
+        progress: Progress,
+    ) -> Image:
+        """Has all layers here, then records the image and publishes it."""
+        by_diff_id = {layer.diff_id: layer for layer in layers}
+        missing = [layer for diff_id, layer in by_diff_id.items() if diff_id not in self._layers]
+        progress.phase = "fetching"
+        progress.layers_total += len(by_diff_id)
+        progress.layers_done += len(by_diff_id) - len(missing)
+        progress.bytes_total += sum(layer.size_bytes for layer in missing)
+        progress.changed()
+        self._references.claim(by_diff_id)
+        try:
+            await _all(self._have_layer(layer, progress) for layer in by_diff_id.values())
+            image_id = found["config_digest"]
+            stack = await self._with_implied(image_id, config.diff_ids)
+            self._references.claim(stack)
+            try:
+                record = ImageRecord(
+                    id=image_id,
+                    config=found["config"],
+                    manifest=found["manifest"],
+                    manifest_digest=found["manifest_digest"],
+                    media_type=found["media_type"],
+                    size_bytes=sum(layer.size_bytes for layer in layers) + len(found["config"].encode()),
+                    layers=stack,
+                    pulled_at=time.time_ns(),
+                )
+                named = [Name(name, image_id, is_digest) for name, is_digest in names]
+                image = await self._finished(self._publish(record, config, named))
+            finally:
+                self._references.unclaim(stack)
+        finally:
+            self._references.unclaim(by_diff_id)
+            self._free_later(by_diff_id)
+        progress.phase = "done"
+        progress.changed()
+        return image
+
+    async def _publish(self, record: ImageRecord, config: ImageConfig, names: Sequence[Name]) -> Image:
+        async with self._catalog:
+            await self._db(self._store.put_image, record, names)
+            return self._published(record, config, names)
+
+    def _published(self, record: ImageRecord, config: ImageConfig, names: Sequence[Name]) -> Image:
+        moved_from = {self._names[name.name].image_id for name in names if name.name in self._names}
+        for name in names:
+            self._names[name.name] = name
+        self._layers_of[record.id] = record.layers
+        self._references.set_image(record.id, record.layers)
+        self._images[record.id] = self._image(record, config)
+        for image_id in moved_from - {record.id}:
+            if image_id in self._images:
+                self._images[image_id] = self._renamed(self._images[image_id])
+        return self._images[record.id]
+
+    async def _have_layer(self, layer: _Layer, progress: Progress) -> None:
+        while layer.diff_id not in self._layers:
+            if (leaving := self._leaving.get(layer.diff_id)) is not None:
+                await asyncio.shield(leaving)
+            await self._layer_work.run(layer.diff_id, lambda: self._fetch(layer, progress))
+            progress.layers_done += 1
+            progress.changed()
+
+    async def _fetch(self, layer: _Layer, progress: Progress) -> None:
+        """Fetches and unpacks one layer in a worker, then commits it. On any error nothing of it stays."""
+        before = {"fetched": 0, "unpacked": 0}
+
+        def progressed(now: dict[str, int]) -> None:
+            progress.bytes_fetched += now["fetched"] - before["fetched"]
+            progress.bytes_unpacked += now["unpacked"] - before["unpacked"]
+            before.update(now)
+            progress.changed()
+
+        async with self._slots:
+            temporary = self._directory.new_temporary(layer.diff_id)
+            try:
+                made = await self._workers.call(
+                    {**layer.request, "diff_id": layer.diff_id, "directory": str(temporary)}, progressed
+                )
+                record = LayerRecord(layer.diff_id, made["size_bytes"], made["inodes"], tuple(made["implied"]))
+                await self._finished(self._commit(temporary, record))
+            except BaseException:
+                self._discard(temporary)
+                raise
+
+    async def _commit(self, temporary: Path, record: LayerRecord) -> None:
+        def commit() -> None:
+            self._directory.commit(temporary, record.diff_id)
+            self._store.add_layer(record)
+
+        await self._db(commit)
+        self._layers[record.diff_id] = record
+
+    async def _with_implied(self, image_id: str, diff_ids: tuple[str, ...]) -> tuple[str, ...]:
+        """The image's layers; on top a small one of its own where directories need attributes from lower layers."""
+        if not any(self._layers[diff_id].implied for diff_id in diff_ids):
+            return diff_ids
+        own = f"implied:{image_id.rpartition(':')[2]}"
+        if own in self._layers:
+            return (*diff_ids, own)
+        stack = [(self._directory.path(diff_id), self._layers[diff_id].implied) for diff_id in diff_ids]
+        temporary = self._directory.new_temporary(own)
+        try:
+            inodes = await asyncio.to_thread(make_implied_layer, stack, temporary)
+            if not inodes:
+                self._discard(temporary)
+                return diff_ids
+            await self._finished(self._commit(temporary, LayerRecord(own, inodes * 4096, inodes)))
+        except BaseException:
+            self._discard(temporary)
+            raise
+        return (*diff_ids, own)
+
+    # ---- removal
+
+    async def remove(self, reference: str) -> None:
+        """Takes the image away with all its names; what it alone used is freed, at once or with its last container.
+
+        An image that is not there is success (api.proto, RemoveImage).
+        """
+        image = self.find(reference)
+        if image is not None:
+            await self._finished(self._remove(image.id))
+
+    async def _remove(self, image_id: str) -> None:
+        async with self._catalog:
+            if image_id not in self._images:
+                return
+            await self._db(self._store.retire_image, image_id)
+            del self._images[image_id]
+            for name in [name for name in self._names.values() if name.image_id == image_id]:
+                del self._names[name.name]
+        await self._forget_unheld(image_id)
+
+    async def _forget_unheld(self, image_id: str) -> None:
+        """Ends an image that was removed, unless a container still holds it."""
+        async with self._catalog:
+            if self._references.is_held(image_id) or image_id in self._images or image_id not in self._layers_of:
+                return
+            layers = self._layers_of.pop(image_id)
+            self._references.drop_image(image_id)
+            await self._db(self._store.remove_image, image_id)
+        self._free(layers)
+
+    def hold(self, image_id: str, holder: str) -> None:
+        """`holder` (a container's id) uses the image's layers until `release`, also when the image is removed."""
+        if image_id not in self._layers_of:
+            raise NotFound(f"image {image_id} is not on this node")
+        self._references.hold(image_id, holder)
+
+    def release(self, holder: str) -> None:
+        image_id = self._references.release(holder)
+        if image_id is not None and image_id not in self._images:
+            self._spawn(self._forget_unheld(image_id))
+
+    async def sweep(self) -> None:
+        """Frees what no image and no container needs; call it once the containers that live hold their images."""
+        for image_id in [image_id for image_id in self._layers_of if image_id not in self._images]:
+            await self._forget_unheld(image_id)
+        self._free(self._layers)
+
+    def _free_later(self, layers: Iterable[str]) -> None:
+        """Layers of a pull that failed wait a while, so that the next try need not fetch them again."""
+        if self._later is None and self._references.unneeded(layers):
+            loop = asyncio.get_running_loop()
+            self._later = loop.call_later(self._settings.keep_partial_s, self._free_now)
+
+    def _free_now(self) -> None:
+        self._later = None
+        self._free(self._layers)
+
+    def _free(self, layers: Iterable[str]) -> None:
+        unneeded = [diff_id for diff_id in self._references.unneeded(tuple(layers)) if diff_id in self._layers]
+        if not unneeded:
+            return
+        for diff_id in unneeded:
+            del self._layers[diff_id]
+        task = self._spawn(self._drop_layers(unneeded))
+        self._leaving.update(dict.fromkeys(unneeded, task))
+
+    async def _drop_layers(self, diff_ids: Sequence[str]) -> None:
+        def drop() -> Sequence[Path]:
+            self._store.remove_layers(diff_ids)  # first: a record without its layer would be a lie
+            return [gone for diff_id in diff_ids if (gone := self._directory.discard_layer(diff_id)) is not None]
+
+        try:
+            gone = await self._db(drop)
+        finally:
+            for diff_id in diff_ids:
+                self._leaving.pop(diff_id, None)
+        self._empty_trash(gone)
+
+    def _discard(self, path: Path) -> None:
+        async def discard() -> None:
+            gone = await self._db(self._directory.discard, path)
+            if gone is not None:
+                self._empty_trash([gone])
+
+        self._spawn(discard())
+
+    def _empty_trash(self, paths: Sequence[Path]) -> None:
+        async def remove() -> None:
+            with contextlib.suppress(Unavailable):  # closing: the next start does it
+                await self._workers.call({"verb": "remove", "paths": [str(path) for path in paths]})
+
+        if paths:
+            self._spawn(remove())
+
+    # ---- inside
+
+    def _take(self, contents: Contents) -> None:
+        self._layers = {layer.diff_id: layer for layer in contents.layers}
+        self._names = {name.name: name for name in contents.names}
+        for record in contents.images:
+            self._layers_of[record.id] = record.layers
+            self._references.set_image(record.id, record.layers)
+            if not record.removed:
+                self._images[record.id] = self._image(record, oci.image.from_json(record.config))
+
+    def _image(self, record: ImageRecord, config: ImageConfig) -> Image:
+        return self._renamed(
+            Image(
+                id=record.id,
+                repo_tags=(),
+                repo_digests=(),
+                size_bytes=record.size_bytes,
+                config=config,
+                manifest_digest=record.manifest_digest,
+                pulled_at=record.pulled_at,
+            )
+        )
+
+    def _renamed(self, image: Image) -> Image:
+        """`image` with the names that point to it now."""
+        names = [name for name in self._names.values() if name.image_id == image.id]
+        tags = tuple(name.name for name in names if not name.is_digest)
+        digests = tuple(name.name for name in names if name.is_digest)
+        return replace(image, repo_tags=tags, repo_digests=digests, pinned=self._is_pinned((*tags, *digests)))
+
+    def _is_pinned(self, names: tuple[str, ...]) -> bool:
+        return any(fnmatchcase(name, pattern) for name in names for pattern in self._settings.pinned_images)
+
+    def _local_meanings(self, parsed: Reference) -> tuple[Reference, ...]:
+        """What a short name may mean, by the configuration that was read last, and Docker Hub's rule."""
+        if not parsed.is_short:
+            return (parsed,)
+        try:
+            meanings = self._registries.last().qualified(parsed)
+        except Error:
+            meanings = ()
+        return (*meanings, references.with_registry(parsed, references.DOCKER_HUB))
+
+    def _by_id_prefix(self, text: str) -> Image | None:
+        prefix = "sha256:" + text.removeprefix("sha256:")
+        if len(prefix) < len("sha256:") + _ID_PREFIX_LENGTH:
+            return None
+        found = [image for image_id, image in self._images.items() if image_id.startswith(prefix)]
+        return found[0] if len(found) == 1 else None
+
+    def _by_manifest(self, wanted: Reference) -> Image | None:
+        """The image whose own manifest has the digest, where it was pulled through an index of the same repository."""
+        for image in self._images.values():
+            if image.manifest_digest == wanted.digest:
+                names = (*image.repo_tags, *image.repo_digests)
+                if any(name.startswith((f"{wanted.name}:", f"{wanted.name}@")) for name in names):
+                    return image
+        return None
+
+    async def _config(self, text: str, subject: str) -> ImageConfig:
+        parse = partial(oci.image.from_json, text, f"config of {subject}")
+        return await asyncio.to_thread(parse) if len(text) > _LARGE_CONFIG else parse()
+
+    async def _db(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._database, partial(function, *args))
+
+    async def _finished(self, change: Coroutine[Any, Any, T]) -> T:
+        """Runs a change of the store to its end, also when the caller is cancelled."""
+        return await asyncio.shield(self._spawn(change))
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _recover(store: Store, directory: LayerDirectory) -> Contents:
+    """What is whole: layers with record and directory, images with all their layers. The rest goes."""
+    contents = store.load()
+    layers = [layer for layer in contents.layers if directory.path(layer.diff_id).is_dir()]
+    known = {layer.diff_id for layer in layers}
+    if lost := [layer.diff_id for layer in contents.layers if layer.diff_id not in known]:
+        store.remove_layers(lost)
+    images = []
+    for image in contents.images:
+        if known.issuperset(image.layers) and _is_readable(image):
+            images.append(image)
+        else:
+            log.error("image %s lacks a layer or has a broken config; it must be pulled again", image.id)
+            store.remove_image(image.id)
+    directory.sweep(known)
+    ids = {image.id for image in images}
+    names = tuple(name for name in contents.names if name.image_id in ids)
+    return Contents(tuple(layers), tuple(images), names)
+
+
+def _is_readable(image: ImageRecord) -> bool:
+    try:
+        oci.image.from_json(image.config)
+    except Error:
+        return False
+    return True
+
+
+def _names(reference: Reference, digest: str) -> list[tuple[str, bool]]:
+    """What an image is called after a pull of `reference`: by digest alone, it has no tag."""
+    names = [] if reference.digest or not reference.tag else [(reference.tagged, False)]
+    return [*names, (f"{reference.name}@{digest}", True)] if digest else names
+
+
+def _local_name(text: str) -> Reference | None:
+    """The name that an archive gives an image; None for a bare tag or what is no name."""
+    if ":" not in text and "/" not in text:
+        return None
+    try:
+        parsed = references.with_default_tag(references.parse(text))
+    except InvalidArgument:
+        return None
+    return references.with_registry(parsed, references.DOCKER_HUB) if parsed.is_short else parsed
+
+
+def _diff_ids(config: ImageConfig, layers: int, subject: str) -> tuple[str, ...]:
+    for diff_id in config.diff_ids:
+        if not is_digest(diff_id):
+            raise Error(f"{subject}: its config has the diff ID {diff_id!r}, not a digest")
+        directory_name(diff_id)
+    if len(config.diff_ids) != layers:
+        raise Error(f"{subject} has {layers} layers, but its config tells {len(config.diff_ids)} diff IDs")
+    return config.diff_ids
+
+
+async def _all(work: Iterable[Awaitable[None]]) -> None:
+    """Waits for all; the first error ends the others, and is raised as it is."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)

@@ -1,0 +1,161 @@
+"""images.db: which images, names and layers there are. SQLite with synchronous=FULL, one transaction per change.
+
+Synchronous; `Images` calls it from one thread. A layer's record is written after its data is on the disk, so a record
+may be believed.
+"""
+
+import json
+import logging
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE layers (
+    diff_id TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, inodes INTEGER NOT NULL, implied TEXT NOT NULL);
+CREATE TABLE images (
+    id TEXT PRIMARY KEY, config TEXT NOT NULL, manifest TEXT NOT NULL, manifest_digest TEXT NOT NULL,
+    media_type TEXT NOT NULL, size_bytes INTEGER NOT NULL, layers TEXT NOT NULL, pulled_at INTEGER NOT NULL,
+    removed INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE names (
+    name TEXT PRIMARY KEY, image TEXT NOT NULL REFERENCES images (id) ON DELETE CASCADE, is_digest INTEGER NOT NULL);
+CREATE INDEX names_by_image ON names (image);
+"""
+_SELECT_IMAGES = (
+    "SELECT id, config, manifest, manifest_digest, media_type, size_bytes, layers, pulled_at, removed FROM images"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    diff_id: str
+    size_bytes: int  # on the disk
+    inodes: int
+    implied: tuple[str, ...] = ()  # directories without an entry of their own
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    id: str
+    config: str  # JSON, as pulled
+    manifest: str  # JSON, as pulled; "" where the source had none
+    manifest_digest: str
+    media_type: str
+    size_bytes: int  # compressed layers and config
+    layers: tuple[str, ...]  # lowest first
+    pulled_at: int  # ns since the epoch
+    removed: bool = False  # kept only for containers that still run from it
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """ "name:tag", or "name@digest"."""
+
+    name: str
+    image_id: str
+    is_digest: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    layers: tuple[LayerRecord, ...]
+    images: tuple[ImageRecord, ...]
+    names: tuple[Name, ...]
+
+
+class Store:
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute("PRAGMA foreign_keys=ON")
+        if self._db.execute("PRAGMA user_version").fetchone()[0] == 0:
+            self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_SCHEMA_VERSION}; COMMIT;")
+
+    def close(self) -> None:
+        self._db.close()
+
+    def load(self) -> Contents:
+        layers = [
+            LayerRecord(diff_id, size, inodes, tuple(json.loads(implied)))
+            for diff_id, size, inodes, implied in self._db.execute(
+                "SELECT diff_id, size_bytes, inodes, implied FROM layers"
+            )
+        ]
+        images = [_image_record(row) for row in self._db.execute(f"{_SELECT_IMAGES} ORDER BY pulled_at")]
+        names = [
+            Name(name, image, bool(is_digest))
+            for name, image, is_digest in self._db.execute("SELECT name, image, is_digest FROM names ORDER BY rowid")
+        ]
+        return Contents(tuple(layers), tuple(images), tuple(names))
+
+    def image(self, image_id: str) -> ImageRecord | None:
+        row = self._db.execute(f"{_SELECT_IMAGES} WHERE id = ?", (image_id,)).fetchone()
+        return None if row is None else _image_record(row)
+
+    def add_layer(self, layer: LayerRecord) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO layers VALUES (?, ?, ?, ?)",
+            (layer.diff_id, layer.size_bytes, layer.inodes, json.dumps(layer.implied)),
+        )
+
+    def remove_layers(self, diff_ids: Iterable[str]) -> None:
+        with self._db:
+            self._db.execute("BEGIN")
+            self._db.executemany("DELETE FROM layers WHERE diff_id = ?", [(diff_id,) for diff_id in diff_ids])
+
+    def put_image(self, image: ImageRecord, names: Iterable[Name]) -> None:
+        """The image, and names that point to it from now on, whatever they pointed to before."""
+        with self._db:
+            self._db.execute("BEGIN")
+            self._db.execute(
+                "INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
+                "config=excluded.config, manifest=excluded.manifest, manifest_digest=excluded.manifest_digest, "
+                "media_type=excluded.media_type, size_bytes=excluded.size_bytes, layers=excluded.layers, "
+                "pulled_at=excluded.pulled_at, removed=excluded.removed",
+                (
+                    image.id,
+                    image.config,
+                    image.manifest,
+                    image.manifest_digest,
+                    image.media_type,
+                    image.size_bytes,
+                    json.dumps(image.layers),
+                    image.pulled_at,
+                    image.removed,
+                ),
+            )
+            self._db.executemany(
+                "INSERT INTO names VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET image=excluded.image",
+                [(name.name, name.image_id, name.is_digest) for name in names],
+            )
+
+    def retire_image(self, image_id: str) -> None:
+        """Takes its names and marks it as removed, for containers still run from it."""
+        with self._db:
+            self._db.execute("BEGIN")
+            self._db.execute("DELETE FROM names WHERE image = ?", (image_id,))
+            self._db.execute("UPDATE images SET removed = 1 WHERE id = ?", (image_id,))
+
+    def remove_image(self, image_id: str) -> None:
+        self._db.execute("DELETE FROM images WHERE id = ?", (image_id,))
+
+
+def _image_record(row: tuple[Any, ...]) -> ImageRecord:
+    image_id, config, manifest, manifest_digest, media_type, size_bytes, layers, pulled_at, removed = row
+    return ImageRecord(
+        image_id,
+        config,
+        manifest,
+        manifest_digest,
+        media_type,
+        size_bytes,
+        tuple(json.loads(layers)),
+        pulled_at,
+        bool(removed),
+    )

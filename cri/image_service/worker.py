@@ -1,0 +1,303 @@
+"""The worker process: fetches, verifies and unpacks for the daemon, so that bulk bytes never pass through that.
+
+A program of its own: one JSON request a line on stdin, answered by lines on stdout: any number of {"progress": …}, then
+one {"done": …} or {"error": …}. It ends with stdin, also amid work: what is unfinished has a temporary name.
+"""
+
+import hashlib
+import json
+import os
+import queue
+import resource
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cri.image_service.decompress import ahead, decompressed
+from cri.image_service.local_archive import Extent, read
+from cri.image_service.manifest import (
+    CONFIG_LIMIT_BYTES,
+    Index,
+    Manifest,
+    Platform,
+    choose,
+    parse,
+    parse_platform,
+)
+from cri.image_service.tar import Stream
+from cri.image_service.unpack import Unpacked, remove_tree, sync_filesystem, unpack
+from oci.errors import Error, NotFound
+
+if TYPE_CHECKING:
+    from cri.image_service.registry import Registry, Session
+
+_TICK_S = 0.25
+Request = dict[str, Any]
+
+
+class Progress:
+    """Counts bytes; a thread of its own reports them while they change."""
+
+    def __init__(self, say: Callable[[dict[str, Any]], None]) -> None:
+        self.fetched = 0
+        self.unpacked = 0
+        self._say = say
+        self._over = threading.Event()
+        threading.Thread(target=self._report, daemon=True).start()
+
+    def stop(self) -> None:
+        self._over.set()
+
+    def reset(self) -> None:
+        self.fetched = self.unpacked = 0
+
+    def counting_fetched(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            self.fetched += len(chunk)
+            yield chunk
+
+    def counting_unpacked(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            self.unpacked += len(chunk)
+            yield chunk
+
+    def _report(self) -> None:
+        said = (0, 0)
+        while not self._over.wait(_TICK_S):
+            now = (self.fetched, self.unpacked)
+            if now != said:
+                said = now
+                self._say({"progress": {"fetched": now[0], "unpacked": now[1]}})
+
+
+def resolve(request: Request, progress: Progress) -> dict[str, Any]:
+    """Asks each source in turn for manifest and config; the last one's error is the answer when all fail."""
+    session = _session(request)
+    platform = parse_platform(request["platform"])
+    failed: list[str] = []
+    for at, source in enumerate(request["sources"]):
+        registry = _registry(source, session, request)
+        try:
+            return {"source": at, **_resolved(registry, request, platform), "session": session.to_json()}
+        except Error as error:
+            if at == len(request["sources"]) - 1:
+                raise type(error)(_with_earlier(error, failed)) from error
+            failed.append(f"{source['host']}/{source['repository']}: {error}")
+        finally:
+            registry.close()
+    raise NotFound(f"{request['name']} has no place to be asked for")
+
+
+def _resolved(registry: "Registry", request: Request, platform: Platform) -> dict[str, Any]:
+    name, reference = request["name"], request["reference"]
+    subject = f"image {name}"
+    text, media_type = registry.manifest(reference)
+    digest = reference if ":" in reference else f"sha256:{hashlib.sha256(text).hexdigest()}"
+    found = parse(text, media_type, subject)
+    manifest_digest = digest
+    if isinstance(found, Index):
+        chosen = choose(found, platform, subject)
+        manifest_digest = chosen.digest
+        text, media_type = registry.manifest(chosen.digest)
+        found = parse(text, media_type, subject)
+    if not isinstance(found, Manifest):
+        raise Error(f"{subject}: its index leads to another index")
+    if found.config.size_bytes > CONFIG_LIMIT_BYTES:
+        raise Error(f"{subject}: its config has {found.config.size_bytes} bytes, more than {CONFIG_LIMIT_BYTES}")
+    config = registry.document(found.config.digest, found.config.size_bytes)
+    return {
+        "digest": digest,
+        "manifest": text.decode(),
+        "manifest_digest": manifest_digest,
+        "media_type": media_type,
+        "config": _text(config, subject),
+        "config_digest": found.config.digest,
+        "layers": [asdict(layer) for layer in found.layers],
+    }
+
+
+def layer(request: Request, progress: Progress) -> dict[str, Any]:
+    """Unpacks one layer into request["directory"], from the first source whose bytes are what they should be."""
+    if "file" in request:
+        where = request["file"]
+        extent = Extent(Path(where["path"]), where["offset"], where["size_bytes"])
+        return _unpacked(request, extent.chunks(), progress)
+    session = _session(request)
+    failed: list[str] = []
+    for at, source in enumerate(request["sources"]):
+        registry = _registry(source, session, request)
+        try:
+            return _unpacked(request, registry.blob(request["digest"], request["size_bytes"]), progress)
+        except Error as error:
+            if at == len(request["sources"]) - 1:
+                raise type(error)(_with_earlier(error, failed)) from error
+            failed.append(f"{source['host']}/{source['repository']}: {error}")
+            progress.reset()
+        finally:
+            registry.close()
+    raise NotFound(f"layer {request['digest']} has no place to be asked for")
+
+
+def _unpacked(request: Request, chunks: Iterable[bytes], progress: Progress) -> dict[str, Any]:
+    """fetch → count, hash | decompress → hash | unpack: three threads, each a few chunks ahead of the next."""
+    directory = Path(request["directory"])
+    remove_tree(directory)
+    directory.mkdir(mode=0o700)
+    compressed, plain = _Hash(request["digest"]), _Hash(request["diff_id"])
+    fetched = ahead(compressed.of(progress.counting_fetched(chunks)))
+    expanded = ahead(plain.of(decompressed(fetched)))
+    try:
+        made: Unpacked | None = unpack(Stream(progress.counting_unpacked(expanded)), directory)
+        trouble = None
+    except Error as error:  # more often than not wrong bytes: then the digest says so better
+        made, trouble = None, error
+        _drain(expanded, fetched)
+    if compressed.is_whole:
+        compressed.check(f"layer {request['digest'] or request['diff_id']}")
+    if trouble is not None and type(trouble) is not Error:
+        raise trouble  # the registry's fault, and it says so
+    if trouble is not None:
+        raise Error(f"layer {request['digest'] or request['diff_id']}: {trouble}") from trouble
+    assert made is not None
+    plain.check(f"unpacked layer {request['digest'] or request['diff_id']}")
+    sync_filesystem(directory)
+    return {"size_bytes": made.size_bytes, "inodes": made.inodes, "implied": made.implied}
+
+
+def _drain(*iterators: Iterator[bytes]) -> None:
+    for iterator in iterators:
+        try:
+            for _ in iterator:
+                pass
+        except Error:
+            pass  # the first error is the one that counts
+
+
+class _Hash:
+    def __init__(self, expected: str) -> None:
+        self._expected = expected
+        self._hash = hashlib.new(expected.partition(":")[0]) if expected else None
+        self.is_whole = False
+
+    def of(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            if self._hash is not None:
+                self._hash.update(chunk)
+            yield chunk
+        self.is_whole = True
+
+    def check(self, subject: str) -> None:
+        if self._hash is None:
+            return
+        found = f"{self._expected.partition(':')[0]}:{self._hash.hexdigest()}"
+        if found != self._expected:
+            raise Error(f"{subject} has the digest {found}, expected {self._expected}")
+
+
+def inspect(request: Request, progress: Progress) -> dict[str, Any]:
+    """What images a local archive or layout holds."""
+    scratch = Path(request["scratch"])
+    scratch.mkdir(mode=0o700)
+    path = Path(request["path"])
+    return {
+        "images": [
+            {
+                "names": image.names,
+                "manifest": image.manifest.decode(),
+                "manifest_digest": image.manifest_digest,
+                "media_type": image.media_type,
+                "config": _text(image.config, f"image in {path}"),
+                "config_digest": image.config_digest,
+                "layers": [
+                    {
+                        "path": str(extent.path),
+                        "offset": extent.offset,
+                        "size_bytes": extent.size_bytes,
+                        "digest": digest,
+                    }
+                    for extent, digest in image.layers
+                ],
+            }
+            for image in read(path, scratch, parse_platform(request["platform"]))
+        ]
+    }
+
+
+def remove(request: Request, progress: Progress) -> dict[str, Any]:
+    for path in request["paths"]:
+        remove_tree(Path(path))
+    return {}
+
+
+_VERBS = {"resolve": resolve, "layer": layer, "inspect": inspect, "remove": remove}
+
+
+def _session(request: Request) -> "Session":
+    from cri.image_service.registry import Session  # noqa: PLC0415 (local work needs no HTTP)
+
+    return Session(**request.get("session", {}))
+
+
+def _registry(source: dict[str, Any], session: "Session", request: Request) -> "Registry":
+    from cri.image_service.registry import Registry, Source, Timeouts  # noqa: PLC0415
+
+    return Registry(Source(**source), session, Timeouts(**request.get("timeouts", {})))
+
+
+def _with_earlier(error: Error, failed: list[str]) -> str:
+    return f"{error} (before that, {'; '.join(failed)})" if failed else str(error)
+
+
+def _text(content: bytes, subject: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise Error(f"{subject}: its config is not UTF-8: {content[:60]!r}") from error
+
+
+def main() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    requests: queue.Queue[Request] = queue.Queue()
+    threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
+    speaking = threading.Lock()
+
+    def say(message: dict[str, Any]) -> None:
+        with speaking:
+            sys.stdout.write(json.dumps(message) + "\n")
+            sys.stdout.flush()
+
+    while True:
+        say(_answer(requests.get(), say))
+
+
+def _read_requests(requests: "queue.Queue[Request]") -> None:
+    for line in sys.stdin:
+        requests.put(json.loads(line))
+    os._exit(0)  # the daemon is gone, or done with us
+
+
+def _answer(request: Request, say: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    progress = Progress(say)
+    try:
+        return {"done": _VERBS[request["verb"]](request, progress)}
+    except Error as error:
+        return {"error": {"kind": type(error).__name__, "message": str(error)}}
+    except OSError as error:
+        return {
+            "error": {"kind": "OSError", "errno": error.errno, "message": str(error.strerror), "path": error.filename}
+        }
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": {"kind": "Error", "message": f"image worker failed: {error!r}"}}
+    finally:
+        progress.stop()
+
+
+if __name__ == "__main__":
+    main()

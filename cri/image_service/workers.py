@@ -1,0 +1,183 @@
+"""The worker processes of the image service: starts them, asks them, keeps a few for the next request, kills them."""
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from errno import EDQUOT, ENOSPC
+from pathlib import Path
+from typing import Any
+
+import oci.errors
+from oci.errors import DeadlineExceeded, Error, ResourceExhausted, Unavailable
+
+log = logging.getLogger(__name__)
+
+_LINE_LIMIT_BYTES = 64 << 20  # manifest and config travel in one line, escaped
+_KEEP_IDLE_S = 10.0
+_ENVIRONMENT = (
+    "PATH",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+)
+# -I keeps the environment and the working directory from choosing our modules; the package's own place is then named,
+# because it need not be installed.
+_START = "import sys; sys.path.append(sys.argv[1]); from cri.image_service.worker import main; main()"
+_SOURCE_ROOT = Path(__file__).resolve().parents[2]
+
+Progressed = Callable[[dict[str, int]], None]
+
+
+class Workers:
+    def __init__(self, keep_idle: int, progress_timeout_s: float) -> None:
+        self._keep_idle = keep_idle
+        self._progress_timeout_s = progress_timeout_s
+        self._idle: list[asyncio.subprocess.Process] = []
+        self._all: set[asyncio.subprocess.Process] = set()
+        self._trim: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._all]
+
+    async def call(self, request: dict[str, Any], progressed: Progressed | None = None) -> dict[str, Any]:
+        """What a worker answers. Raises the kind of error that it names, ResourceExhausted where the disk is full,
+        DeadlineExceeded where nothing moved for the progress timeout, Unavailable where the worker died.
+
+        Cancelled, or after any of the last two, the worker is killed: what it was making is for the caller to remove.
+        """
+        process = await self._start()
+        answered = False
+        try:
+            answer = await self._ask(process, request, progressed)
+            answered = True
+        finally:
+            if not answered:
+                await self._kill(process)
+        self._keep(process)
+        if "error" in answer:
+            raise _error(answer["error"], request)
+        done: dict[str, Any] = answer["done"]
+        return done
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._trim is not None:
+            self._trim.cancel()
+        for process in list(self._all):
+            await self._kill(process)
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        while self._idle:
+            process = self._idle.pop()
+            if process.returncode is None:
+                return process
+            self._all.discard(process)
+        if self._closed:
+            raise Unavailable("the image service is closing")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-I",
+            "-c",
+            _START,
+            str(_SOURCE_ROOT),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env={key: os.environ[key] for key in _ENVIRONMENT if key in os.environ},
+            cwd="/",
+            limit=_LINE_LIMIT_BYTES,
+        )
+        self._all.add(process)
+        return process
+
+    async def _ask(
+        self, process: asyncio.subprocess.Process, request: dict[str, Any], progressed: Progressed | None
+    ) -> dict[str, Any]:
+        assert process.stdin is not None and process.stdout is not None  # both are pipes
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            while True:
+                async with asyncio.timeout(self._progress_timeout_s):
+                    line = await process.stdout.readline()
+                if not line:
+                    break
+                message: dict[str, Any] = json.loads(line)
+                if "progress" not in message:
+                    return message
+                if progressed is not None:
+                    progressed(message["progress"])
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"no progress in {self._progress_timeout_s:.0f} s while {_doing(request)}; gave up"
+            ) from error
+        except (ConnectionError, ValueError) as error:
+            log.warning("image worker %d: %s", process.pid, error)
+        await self._kill(process)
+        raise Unavailable(f"image worker {_ended(process.returncode)} while {_doing(request)}")
+
+    def _keep(self, process: asyncio.subprocess.Process) -> None:
+        if self._closed or len(self._idle) >= self._keep_idle:
+            self._dismiss(process)
+            return
+        self._idle.append(process)
+        if self._trim is not None:
+            self._trim.cancel()
+        self._trim = asyncio.get_running_loop().call_later(_KEEP_IDLE_S, self._dismiss_idle)
+
+    def _dismiss_idle(self) -> None:
+        while self._idle:
+            self._dismiss(self._idle.pop())
+
+    def _dismiss(self, process: asyncio.subprocess.Process) -> None:
+        """Lets an idle worker end by itself; it does when its stdin does."""
+        assert process.stdin is not None
+        process.stdin.close()
+        reaping = asyncio.get_running_loop().create_task(process.wait())
+        reaping.add_done_callback(lambda _: self._all.discard(process))
+
+    async def _kill(self, process: asyncio.subprocess.Process) -> None:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
+        await asyncio.shield(asyncio.ensure_future(process.wait()))
+        self._all.discard(process)
+
+
+def _error(answer: dict[str, Any], request: dict[str, Any]) -> Exception:
+    kind, message = answer["kind"], answer["message"]
+    if kind == "OSError":
+        if answer["errno"] in (ENOSPC, EDQUOT):
+            return ResourceExhausted(f"no room on the file system of the image store while {_doing(request)}")
+        where = f" ({answer['path']})" if answer.get("path") else ""
+        return Error(f"{message}{where} while {_doing(request)}")
+    found = getattr(oci.errors, kind, Error)
+    error: Exception = found(message)
+    return error
+
+
+def _doing(request: dict[str, Any]) -> str:
+    match request["verb"]:
+        case "resolve":
+            return f"asking for {request['name']}"
+        case "layer":
+            return f"fetching and unpacking layer {request['digest'] or request['diff_id']}"
+        case "inspect":
+            return f"reading {request['path']}"
+        case verb:
+            return f"doing {verb}"
+
+
+def _ended(returncode: int | None) -> str:
+    return (
+        f"was killed by signal {-returncode}" if returncode is not None and returncode < 0 else f"ended ({returncode})"
+    )
