@@ -29,7 +29,16 @@ from tests.hugetlb import hugetlb_hierarchy
 
 PORT = 8080
 BALLAST_BYTES = 48 << 20
-# A name of the message's field, and what it is called here.
+SERVER = f"""
+echo Hello from $HOSTNAME
+echo and from standard error >&2
+mkdir /www
+echo crito > /www/index.html
+httpd -p {PORT} -h /www
+trap 'exit 0' TERM
+while true; do sleep 0.1; done
+"""
+# What the harness looks for, and what it is called here.
 TRACES = {
     "processes": "processes",
     "mounts": "mounts",
@@ -57,9 +66,8 @@ def main() -> int:
 def _obstacle() -> str:
     if os.geteuid() != 0:
         return "needs root: pods are namespaces, mounts and cgroups"
-    lacks = [
-        name for name, there in {"docker-registry": REGISTRY, "busybox-static": BUSYBOX.exists()}.items() if not there
-    ]
+    programs = {"docker-registry": REGISTRY, "busybox-static": BUSYBOX.exists()}
+    lacks = [name for name, there in programs.items() if not there]
     lacks += [f"CNI plugin {name}" for name in missing_plugins()]
     return f"this machine lacks {', '.join(lacks)}: run `make setup` as root" if lacks else ""
 
@@ -79,18 +87,16 @@ def _show(directory: Path, stack: contextlib.ExitStack) -> None:
 
     title("Pull")
     with timed("crito images pull", reference):
-        subprocess.run(
-            [CRITO, "images", "pull", reference, "--socket", daemon.socket], check=True, stdout=subprocess.DEVNULL
-        )
+        pull = [CRITO, "images", "pull", reference, "--socket", daemon.socket]
+        subprocess.run(pull, check=True, stdout=subprocess.DEVNULL)
     before = daemon.traces()
 
     title("A pod")
     with timed("run pod sandbox", "pause, namespaces, network"):
         pod = client.run_pod("web")
     ip = client.pod_status(pod.id).network.ip
-    script = f"echo Hello from $HOSTNAME; echo and from stderr >&2; mkdir /www; echo crito > /www/index.html; exec httpd -f -p {PORT} -h /www"
     with timed("create and start", "a web server"):
-        container = client.run(pod, reference, ["sh", "-c", script])
+        container = client.run(pod, reference, ["sh", "-c", SERVER])
     say("pod IP", f"{ip}, and http://{ip}:{PORT} answers {_fetch(ip)!r}")
     _log(client, pod)
     with timed("exec", ""):
@@ -111,8 +117,8 @@ def _show(directory: Path, stack: contextlib.ExitStack) -> None:
     title("Stop and remove")
     added = leftovers.added(before, daemon.traces())
     say("the pod had", ", ".join(f"{len(added[kind])} {name}" for kind, name in TRACES.items() if added.get(kind)))
-    with timed("stop container", "SIGTERM, then SIGKILL after 1 s"):
-        client.stop(container, grace_s=1)
+    with timed("stop container", "SIGTERM, and SIGKILL had it not ended in 10 s"):
+        client.stop(container, grace_s=10)
     say("", f"exit code {client.status(container).exit_code}")
     with timed("remove container and pod", ""):
         client.remove(container)
