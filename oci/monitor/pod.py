@@ -188,6 +188,7 @@ class PodProcess:
         self._sock = sock
 
     def run(self) -> "NoReturn":
+        kernel.close_all_fds_but((self._sock.fileno(),))
         try:
             self._enter()
             self._set_up()

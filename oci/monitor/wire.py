@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     Message = dict[str, Any]
+else:
+    Message = dict
 
 PROTOCOL = 1
 MESSAGE_BYTES = 64 * 1024
