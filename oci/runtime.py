@@ -25,8 +25,8 @@ _DIRECTORIES = ("/usr/local/bin", "/usr/local/sbin", "/usr/bin", "/usr/sbin", "/
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _MIN_MEMORY = {"crun": 512_000, "runc": 12 << 20}  # what CRI-O found they need; other runtimes get no check
 
-# Words by which crun and runc say that a container is not there, and that it is not running.
-_NOT_FOUND = ("does not exist", "no such file or directory", "not found")
+# Words by which runc and crun say that a container is not there, and that it is not running.
+_NOT_FOUND = ("container does not exist", "/status`: no such file or directory")
 _NOT_RUNNING = ("not running", "no such process", "process already finished", "process not running", "stopped")
 
 
