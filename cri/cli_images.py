@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -77,10 +78,9 @@ def follow(events: Iterator[ImageEvent], as_json: bool, out: TextIO = sys.stdout
     try:
         for event in events:
             images = event.images or images
-            if as_json:
-                for progress in event.progress:
-                    print(json.dumps({"progress": _fields(progress)}), file=out, flush=True)
-            elif bar:
+            if event.progress and as_json:
+                print(json.dumps({"progress": asdict(event.progress)}), file=out, flush=True)
+            elif event.progress and bar:
                 bar.show(event.progress)
     finally:
         if bar:
@@ -89,7 +89,7 @@ def follow(events: Iterator[ImageEvent], as_json: bool, out: TextIO = sys.stdout
         raise Error("the daemon ended the stream without naming an image")
     for image in images:
         if as_json:
-            print(json.dumps({"image": _fields(image)}), file=out)
+            print(json.dumps({"image": asdict(image)}), file=out)
         else:
             names = image.repo_tags or image.repo_digests
             print(" ".join([short_id(image.id), size(image.size_bytes), *names]), file=out)
@@ -97,33 +97,35 @@ def follow(events: Iterator[ImageEvent], as_json: bool, out: TextIO = sys.stdout
 
 
 class Bar:
-    """One line on a terminal that says how far all layers together are."""
+    """One line on a terminal that says how far a pull or load is."""
 
     def __init__(self, terminal: TextIO) -> None:
         self._terminal = terminal
-        self._layers: dict[str, Progress] = {}
         self._started = time.monotonic()
+        self._shown = False
 
-    def show(self, progress: tuple[Progress, ...]) -> None:
-        self._layers |= {each.layer: each for each in progress}
-        if self._layers:
-            width = shutil.get_terminal_size().columns - 1
-            self._terminal.write("\r" + self.line(width, time.monotonic() - self._started).ljust(width))
-            self._terminal.flush()
-
-    def line(self, width: int, seconds: float) -> str:
-        done = sum(each.done_bytes for each in self._layers.values())
-        total = sum(max(each.total_bytes, each.done_bytes) for each in self._layers.values())
-        share = done / total if total else 0.0
-        words = f" {size(done)} of {size(total)}, {size(int(done / max(seconds, 0.001)))}/s, {len(self._layers)} layers"
-        room = max(10, width - len(words) - 7)
-        full = round(room * share)
-        return f"{share:4.0%} [{'#' * full}{'.' * (room - full)}]{words}"[:width]
+    def show(self, progress: Progress) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        self._terminal.write("\r" + bar_line(progress, width, time.monotonic() - self._started).ljust(width))
+        self._terminal.flush()
+        self._shown = True
 
     def close(self) -> None:
-        if self._layers:
+        if self._shown:
             self._terminal.write("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r")
             self._terminal.flush()
+
+
+def bar_line(progress: Progress, width: int, seconds: float) -> str:
+    """What the bar shows after so many seconds, in at most `width` characters."""
+    done, total = progress.fetched_bytes, max(progress.total_bytes, progress.fetched_bytes)
+    share = done / total if total else 0.0
+    speed = size(int(done / max(seconds, 0.001)))
+    layers = f"{progress.layers_done}/{progress.layers_total} layers"
+    words = f" {size(done)} of {size(total)}, {speed}/s, {layers}"
+    room = max(10, width - len(words) - 7)
+    full = round(room * share)
+    return f"{share:4.0%} [{'#' * full}{'.' * (room - full)}]{words}"[:width]
 
 
 def size(count: int) -> str:
@@ -162,7 +164,3 @@ def _as_json(image: Any) -> dict[str, Any]:
         "username": image.username,
         "pinned": image.pinned,
     }
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in value.__dataclass_fields__}

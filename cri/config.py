@@ -3,7 +3,6 @@
 Where the values come from (files, drop-ins, flags, the host) is `cri/config_reader.py`; how they are printed is
 `cri/config_text.py`. Durations are seconds, sizes are bytes. Keys bear CRI-O's names where the thing is the same.
 """
-# ruff: noqa: RUF009  setting() makes a dataclass field, which is what dataclasses.field() does too.
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
@@ -87,7 +86,7 @@ class StreamingSection:
         kinds.OPTIONAL_PATH, None, "CA (PEM) that must have signed the callers' certificates; empty asks for none."
     )
     idle_timeout: float = setting(
-        kinds.DURATION, 4 * 3600.0, "A session on which nothing moves for this long is closed."
+        kinds.DURATION, 4 * 3600.0, "A session on which nothing moves for this long is closed; 0 closes none."
     )
 
 
@@ -185,7 +184,7 @@ class RuntimeSection:
         kinds.OPTIONAL_PATH, None, "JSON file of the seccomp profile RuntimeDefault; empty uses the built-in one."
     )
     container_create_timeout: float = setting(
-        kinds.DURATION, 240.0, "An OCI runtime that has not created or started a container by then is killed."
+        kinds.TIMEOUT, 240.0, "An OCI runtime that has not created or started a container by then is killed."
     )
     log_size_max: int = setting(
         kinds.LOG_SIZE,
@@ -221,14 +220,14 @@ class ImageSection:
     pinned_images: tuple[str, ...] = setting(
         kinds.TEXTS, (), 'Images that kubelet must not collect: exact names, "prefix*" or "*word*".'
     )
-    max_parallel_layers: int = setting(kinds.COUNT, 3, "Layers that are fetched and unpacked at once, over all pulls.")
+    max_parallel_layers: int = setting(kinds.COUNT, 4, "Layers that are fetched and unpacked at once, over all pulls.")
     pull_connect_timeout: float = setting(
         kinds.DURATION, 30.0, "A registry that has not answered by then counts as gone."
     )
     pull_progress_timeout: float = setting(
-        kinds.DURATION,
-        60.0,
-        "A layer of which no byte has been fetched or unpacked for this long is tried again; 0 waits for ever.",
+        kinds.TIMEOUT,
+        300.0,
+        "A layer of which no byte has been fetched, unpacked or synced for this long is given up.",
     )
 
 
@@ -253,7 +252,7 @@ class NetworkSection:
     max_conf_num: int = setting(
         kinds.COUNT_OR_ALL, 1, "How many of the networks in conf_dir a pod joins, the default one first; 0 is all."
     )
-    timeout: float = setting(kinds.DURATION, 90.0, "A CNI plugin that has not finished by then is killed.")
+    timeout: float = setting(kinds.TIMEOUT, 90.0, "A CNI plugin that has not finished by then is killed.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,6 +103,13 @@ def _duration(value: Any) -> float:
     return seconds
 
 
+def _timeout(value: Any) -> float:
+    seconds = _duration(value)
+    if seconds == 0:
+        raise ValueError
+    return seconds
+
+
 def _duration_toml(seconds: float) -> str:
     for unit, size in (("h", 3600), ("m", 60), ("s", 1)):
         if seconds and seconds % size == 0:
@@ -276,6 +283,9 @@ OPTIONAL_PATH: Kind[Path | None] = _scalar(
 SOCKET_PATH: Kind[Path] = _scalar(f"an absolute path of at most {SOCKET_PATH_MAX} bytes", _socket_path, str)
 DURATION: Kind[float] = Kind(
     'seconds as a number, or a text such as "90s", "4h", "1m30s"', _duration, _number, _duration_toml
+)
+TIMEOUT: Kind[float] = Kind(
+    'seconds above 0 as a number, or a text such as "90s", "4h", "1m30s"', _timeout, _number, _duration_toml
 )
 SIZE: Kind[int] = _sized('bytes as a number, or a text such as "16MiB"', _size)
 GRPC_SIZE: Kind[int] = _sized("a size from 1MiB to 2GiB less a byte", _grpc_size)

@@ -34,12 +34,14 @@ class Inspect:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far one layer is."""
+    """How far a pull or load is; bytes are those of all layers that are not there yet."""
 
-    layer: str
-    stage: str
-    done_bytes: int
-    total_bytes: int  # 0: not known
+    phase: str
+    layers_done: int
+    layers_total: int
+    fetched_bytes: int  # compressed, of total_bytes
+    total_bytes: int
+    unpacked_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +54,9 @@ class ImageSummary:
 
 @dataclass(frozen=True, slots=True)
 class ImageEvent:
-    """One message of a pull or load: progress of some layers, or at the end the images."""
+    """One message of a pull or load: its progress, or at the end the images."""
 
-    progress: tuple[Progress, ...] = ()
+    progress: Progress | None = None
     images: tuple[ImageSummary, ...] = ()
 
 

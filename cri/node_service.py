@@ -11,7 +11,7 @@ import grpc.aio
 from cri.changes import Changes
 from cri.image_service.auth import Credentials
 from cri.image_service.images import Image, Images
-from cri.image_service.images import Progress as LayerProgress
+from cri.image_service.images import Progress as ImagesProgress
 from cri.node_messages import (
     SERVICE,
     ImageEvent,
@@ -36,7 +36,7 @@ class NodeService:
         self._changes = changes
         self._inspect = inspect
 
-    def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
+    def handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
         """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
         methods = {
             "PullImage": grpc.unary_stream_rpc_method_handler(self.PullImage, decoder(PullImage), encode),
@@ -72,19 +72,24 @@ class NodeService:
 
 
 class _Told:
-    """The latest that was said of each layer and not yet passed on."""
+    """The latest that was said of a pull or load and not yet passed on."""
 
     def __init__(self) -> None:
-        self._latest: dict[str, Progress] = {}
+        self._latest: Progress | None = None
 
-    def tell(self, progress: LayerProgress) -> None:
-        self._latest[progress.layer] = Progress(
-            progress.layer, progress.stage, progress.done_bytes, progress.total_bytes
+    def tell(self, progress: ImagesProgress) -> None:
+        self._latest = Progress(
+            progress.phase,
+            progress.layers_done,
+            progress.layers_total,
+            progress.bytes_fetched,
+            progress.bytes_total,
+            progress.bytes_unpacked,
         )
 
-    def take(self) -> tuple[Progress, ...]:
-        latest, self._latest = self._latest, {}
-        return tuple(latest.values())
+    def take(self) -> Progress | None:
+        latest, self._latest = self._latest, None
+        return latest
 
 
 async def _events(work: Callable[[_Told], Coroutine[Any, Any, tuple[Image, ...]]]) -> AsyncIterator[ImageEvent]:

@@ -87,7 +87,7 @@ def _show(directory: Path, stack: contextlib.ExitStack) -> None:
 
     title("Pull")
     with timed("crito images pull", reference):
-        pull = [CRITO, "images", "pull", reference, "--socket", daemon.socket]
+        pull = [str(CRITO), "images", "pull", reference, "--socket", str(daemon.socket)]
         subprocess.run(pull, check=True, stdout=subprocess.DEVNULL)
     before = daemon.traces()
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cri.cli_images import Bar, size
+from cri.cli_images import bar_line, size
 from cri.node_messages import Progress
 from oci.version import VERSION
 
@@ -79,18 +79,15 @@ def test_every_command_explains_itself() -> None:
 
 
 def test_the_bar_tells_share_amount_and_speed() -> None:
-    bar = Bar(sys.stderr)
-    bar._layers = {
-        "a": Progress("a", "fetch", 5_000_000, 10_000_000),
-        "b": Progress("b", "fetch", 10_000_000, 10_000_000),
-    }
+    progress = Progress("fetching", 1, 2, 15_000_000, 20_000_000, 30_000_000)
 
-    line = bar.line(80, seconds=3)
+    line = bar_line(progress, 80, seconds=3)
 
     assert line.startswith(" 75% [####")
-    assert line.endswith("] 15 MB of 20 MB, 5 MB/s, 2 layers")
+    assert line.endswith("] 15 MB of 20 MB, 5 MB/s, 1/2 layers")
     assert len(line) <= 80
-    assert len(bar.line(20, seconds=3)) <= 20
+    assert len(bar_line(progress, 20, seconds=3)) <= 20
+    assert bar_line(Progress("resolving", 0, 0, 0, 0, 0), 60, seconds=0).startswith("  0% [....")
 
 
 def test_sizes_are_told_in_three_digits() -> None:

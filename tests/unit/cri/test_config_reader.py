@@ -195,6 +195,7 @@ WRONG = [
     ("[image]\nmax_parallel_layers = 0", "expected a whole number from 1"),
     ("[image]\npinned_images = ['']", "expected a list of texts that are not empty"),
     ("[network]\nplugin_dirs = ['bin']", "expected a list of absolute paths"),
+    ("[network]\ntimeout = 0", "expected seconds above 0"),
     ("[metrics]\nlisten = '9090'", 'expected "IP:PORT"'),
     ("[tracing]\nendpoint = 'localhost:4317'", "expected a URL"),
     ("[log]\nlevel = 'loud'", 'log.level = "loud": expected one of "debug", "info", "warning", "error"'),
