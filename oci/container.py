@@ -2,7 +2,6 @@
 
 import asyncio
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from oci.container_spec import ContainerId, ContainerSpec, SandboxId
 from oci.linux.passwd import User
@@ -20,7 +19,7 @@ class ContainerRecord:
     image_id: str  # "sha256:…" of the image configuration
     runtime_handler: str  # the handler's name, never ""
     log_path: str  # absolute; "" keeps no log
-    cgroups_path: str  # as the runtime-spec writes it: a path, or "slice:prefix:name"
+    cgroup_parent: str  # below which the container's cgroup is made, in the cgroup driver's form
     stop_signal: str
     rootfs: str  # mount point of the root filesystem
     requested_at: int  # ns since the epoch
@@ -47,13 +46,15 @@ class Container:
         self.monitor: Monitor | None = None
         self.pidfd = -1  # of the init; open while it may be alive
         self.lock = asyncio.Lock()  # held around a transition, never across a wait for the exit
+        self.settled = asyncio.Event()  # its creation has succeeded, or has failed and left nothing
         self.exited = asyncio.Event()
         self.released = asyncio.Event()
         self.stop_deadline: float | None = None  # event-loop time at which SIGTERM becomes SIGKILL
         self.stop_changed = asyncio.Event()  # the deadline was shortened
         self.stop_task: asyncio.Task[None] | None = None
         self.watch_task: asyncio.Task[None] | None = None
-        self.config_path: Path | None = None
+        if record.state is not ContainerState.CREATING:
+            self.settled.set()
         if record.state is ContainerState.EXITED:
             self.exited.set()
         if record.is_released:
@@ -66,6 +67,11 @@ class Container:
     @property
     def state(self) -> ContainerState:
         return self.record.state
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has a process, started or not."""
+        return self.state in (ContainerState.CREATED, ContainerState.RUNNING)
 
     @property
     def is_visible(self) -> bool:

@@ -53,7 +53,9 @@ class Database:
         return None if row is None else str(row[0])
 
     async def set_fact(self, name: str, value: str) -> None:
-        await self.run(lambda connection: connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value)))
+        await self.run(
+            lambda connection: connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+        )
 
     async def run(self, action: Callable[[sqlite3.Connection], R]) -> R:
         """Run `action` on the writer's thread, after everything that was asked for before."""

@@ -22,6 +22,7 @@ class ContainerState(StrEnum):
     CREATED = "created"
     RUNNING = "running"
     EXITED = "exited"
+    UNKNOWN = "unknown"  # its record cannot be read: listed, to be stopped and removed
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +41,14 @@ class ContainerStatus:
     reason: str = ""
     message: str = ""
     resources: Resources = Resources()  # those in force now
+    is_unknown: bool = False
 
     @property
     def state(self) -> ContainerState:
         if self.finished_at is not None:
             return ContainerState.EXITED
+        if self.is_unknown:
+            return ContainerState.UNKNOWN
         if self.started_at is not None:
             return ContainerState.RUNNING
         if self.created_at is not None:
@@ -81,10 +85,8 @@ def with_exit(
     """The status after its init ended. The first end that is known stands: an exited container stays as it is."""
     if status.finished_at is not None:
         return status
-    if oom_killed:
-        reason = REASON_OOM_KILLED
-    else:
-        reason = REASON_COMPLETED if exit_code == 0 else REASON_ERROR
+    ended_by_itself = REASON_COMPLETED if exit_code == 0 else REASON_ERROR
+    reason = REASON_OOM_KILLED if oom_killed else ended_by_itself
     return replace(status, finished_at=finished_at, exit_code=exit_code, reason=reason, message=message)
 
 

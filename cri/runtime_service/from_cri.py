@@ -20,10 +20,11 @@ from oci.container_spec import (
     UserNamespace,
 )
 from oci.errors import InvalidArgument
+from sandbox.namespaces import HOSTNAME_LIMIT
 from sandbox.spec import DnsConfig, PortMapping, Protocol, SandboxSecurity, SandboxSpec
 
 MOUNT_OPTIONS = ("noexec", "nodev", "nosuid")
-HOSTNAME_LIMIT = 64  # Linux's __NEW_UTS_LEN
+
 
 _PROTOCOLS = {api.TCP: Protocol.TCP, api.UDP: Protocol.UDP, api.SCTP: Protocol.SCTP}
 _MODES = {
@@ -139,7 +140,7 @@ def resources(message: api.LinuxContainerResources) -> Resources:
     )
 
 
-def stop_signal(value: api.Signal) -> str:
+def stop_signal(value: "api.Signal.ValueType") -> str:
     """The signal's name as signal(7) writes it, "" for the image's own choice."""
     if value == api.SIGNAL_RUNTIME_DEFAULT:
         return ""

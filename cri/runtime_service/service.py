@@ -1,0 +1,365 @@
+"""The CRI's RuntimeService: one short method per RPC. What the RPCs do is told in `sandbox/` and `oci/`."""
+
+import json
+from collections.abc import AsyncIterator, Iterable, Sequence
+from hashlib import sha256
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from cri.api.runtime.v1 import api_pb2 as api
+from cri.api.runtime.v1 import api_pb2_grpc
+from cri.changes import Changes
+from cri.image_service.images import Images
+from cri.runtime_service import filters, from_cri, to_cri
+from cri.runtime_service.events import ContainerEvents
+from cri.runtime_service.image_volumes import ImageVolumes
+from cri.runtime_service.stats import Stats
+from cri.runtime_service.status import RuntimeStatus
+from oci.container import Container
+from oci.containers import Containers, ImageToRun
+from oci.errors import InvalidArgument, NotFound, Unimplemented
+from oci.handlers import Handlers
+from oci.version import VERSION
+from sandbox.sandbox import Sandbox
+from sandbox.sandboxes import Sandboxes
+
+Context = grpc.aio.ServicerContext[Any, Any]
+T = TypeVar("T")
+
+CRI_VERSION = "0.1.0"  # what every runtime and the kubelet say in VersionResponse.version
+STREAM_CHUNK = 500  # items per message of the Stream* calls: far below the kubelet's 16 MiB
+
+
+class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
+    def __init__(
+        self,
+        changes: Changes,
+        sandboxes: Sandboxes,
+        containers: Containers,
+        images: Images,
+        handlers: Handlers,
+        image_volumes: ImageVolumes,
+        events: ContainerEvents,
+        stats: Stats,
+        status: RuntimeStatus,
+    ) -> None:
+        self._changes = changes
+        self._sandboxes = sandboxes
+        self._containers = containers
+        self._images = images
+        self._handlers = handlers
+        self._image_volumes = image_volumes
+        self._events = events
+        self._stats = stats
+        self._status = status
+
+    # The runtime
+
+    async def Version(self, request: api.VersionRequest, context: Context) -> api.VersionResponse:
+        return api.VersionResponse(
+            version=CRI_VERSION, runtime_name="crito", runtime_version=VERSION, runtime_api_version="v1"
+        )
+
+    async def Status(self, request: api.StatusRequest, context: Context) -> api.StatusResponse:
+        return self._status.response(request.verbose)
+
+    async def RuntimeConfig(self, request: api.RuntimeConfigRequest, context: Context) -> api.RuntimeConfigResponse:
+        return self._status.config()
+
+    async def UpdateRuntimeConfig(
+        self, request: api.UpdateRuntimeConfigRequest, context: Context
+    ) -> api.UpdateRuntimeConfigResponse:
+        """The pod CIDR is the CNI configuration's business here, as with CRI-O: taken, and nothing changes."""
+        return api.UpdateRuntimeConfigResponse()
+
+    # Pod sandboxes
+
+    async def RunPodSandbox(self, request: api.RunPodSandboxRequest, context: Context) -> api.RunPodSandboxResponse:
+        spec = from_cri.sandbox_spec(request.config, request.runtime_handler)
+        handler = self._handlers.resolve(request.runtime_handler).name
+        key = f"run pod sandbox {spec.namespace}/{spec.name}/{spec.uid}/{spec.attempt} {_digest(request)}"
+        sandbox = await self._changes.run(key, lambda: self._sandboxes.run(spec, handler))
+        return api.RunPodSandboxResponse(pod_sandbox_id=sandbox.id)
+
+    async def StopPodSandbox(self, request: api.StopPodSandboxRequest, context: Context) -> api.StopPodSandboxResponse:
+        _required(request, "pod_sandbox_id")
+        sandbox = self._sandboxes.find(request.pod_sandbox_id)
+        if sandbox is not None:
+            await self._changes.run(f"stop pod sandbox {sandbox.id}", lambda: self._sandboxes.stop(sandbox))
+        return api.StopPodSandboxResponse()
+
+    async def RemovePodSandbox(
+        self, request: api.RemovePodSandboxRequest, context: Context
+    ) -> api.RemovePodSandboxResponse:
+        id = _required(request, "pod_sandbox_id")
+        await self._changes.run(f"remove pod sandbox {id}", lambda: self._remove_sandbox(id))
+        return api.RemovePodSandboxResponse()
+
+    async def _remove_sandbox(self, id: str) -> None:
+        sandbox = self._sandboxes.find(id)
+        if sandbox is not None:
+            await self._sandboxes.remove(sandbox)
+
+    async def PodSandboxStatus(
+        self, request: api.PodSandboxStatusRequest, context: Context
+    ) -> api.PodSandboxStatusResponse:
+        sandbox = self._sandboxes.get(_required(request, "pod_sandbox_id"))
+        return api.PodSandboxStatusResponse(
+            status=to_cri.sandbox_status(sandbox.record),
+            info={"info": json.dumps(self._sandbox_info(sandbox))} if request.verbose else {},
+            containers_statuses=self._events.container_statuses(sandbox.id),
+            timestamp=self._events.now(),
+        )
+
+    async def ListPodSandbox(self, request: api.ListPodSandboxRequest, context: Context) -> api.ListPodSandboxResponse:
+        return api.ListPodSandboxResponse(items=self._listed_sandboxes(request.filter))
+
+    async def StreamPodSandboxes(
+        self, request: api.StreamPodSandboxesRequest, context: Context
+    ) -> AsyncIterator[api.StreamPodSandboxesResponse]:
+        for chunk in _chunks(self._listed_sandboxes(request.filter)):
+            yield api.StreamPodSandboxesResponse(pod_sandboxes=chunk)
+
+    async def UpdatePodSandboxResources(
+        self, request: api.UpdatePodSandboxResourcesRequest, context: Context
+    ) -> api.UpdatePodSandboxResourcesResponse:
+        sandbox = self._sandboxes.get(_required(request, "pod_sandbox_id"))
+        overhead, resources = from_cri.resources(request.overhead), from_cri.resources(request.resources)
+        await self._sandboxes.update_resources(sandbox, overhead, resources)
+        return api.UpdatePodSandboxResourcesResponse()
+
+    # Containers
+
+    async def CreateContainer(
+        self, request: api.CreateContainerRequest, context: Context
+    ) -> api.CreateContainerResponse:
+        sandbox = self._sandboxes.ready(_required(request, "pod_sandbox_id"))
+        spec = from_cri.container_spec(request.config)
+        image = self._images.resolve(request.config.image.image)
+        key = f"create container {sandbox.id}/{spec.name}/{spec.attempt} {_digest(request.config)}"
+
+        async def create() -> Container:
+            volumes = await self._image_volumes.resolve(spec)
+            pod = self._sandboxes.environment(self._sandboxes.ready(sandbox.id))
+            to_run = ImageToRun(image.id, image.config, self._images.layer_paths(image.id))
+            handler = self._handlers.resolve(sandbox.record.runtime_handler)
+            return await self._containers.create(spec, pod, to_run, handler, volumes)
+
+        container = await self._changes.run(key, create)
+        return api.CreateContainerResponse(container_id=container.id)
+
+    async def StartContainer(self, request: api.StartContainerRequest, context: Context) -> api.StartContainerResponse:
+        container = self._containers.get(_required(request, "container_id"))
+        self._sandboxes.ready(container.record.sandbox_id)
+        await self._changes.run(f"start container {container.id}", lambda: self._containers.start(container))
+        return api.StartContainerResponse()
+
+    async def StopContainer(self, request: api.StopContainerRequest, context: Context) -> api.StopContainerResponse:
+        container = self._containers.get(_required(request, "container_id"))
+        await self._containers.stop(container, request.timeout)
+        return api.StopContainerResponse()
+
+    async def RemoveContainer(
+        self, request: api.RemoveContainerRequest, context: Context
+    ) -> api.RemoveContainerResponse:
+        id = _required(request, "container_id")
+        await self._changes.run(f"remove container {id}", lambda: self._remove_container(id))
+        return api.RemoveContainerResponse()
+
+    async def _remove_container(self, id: str) -> None:
+        """An unknown id is success: the kubelet calls again after a timeout (api.proto, RemoveContainer)."""
+        container = self._containers.find(id)
+        if container is not None:
+            await self._containers.remove(container)
+
+    async def ListContainers(self, request: api.ListContainersRequest, context: Context) -> api.ListContainersResponse:
+        return api.ListContainersResponse(containers=self._listed_containers(request.filter))
+
+    async def StreamContainers(
+        self, request: api.StreamContainersRequest, context: Context
+    ) -> AsyncIterator[api.StreamContainersResponse]:
+        for chunk in _chunks(self._listed_containers(request.filter)):
+            yield api.StreamContainersResponse(containers=chunk)
+
+    async def ContainerStatus(
+        self, request: api.ContainerStatusRequest, context: Context
+    ) -> api.ContainerStatusResponse:
+        container = self._containers.get(_required(request, "container_id"))
+        return api.ContainerStatusResponse(
+            status=to_cri.container_status(container.record),
+            info={"info": json.dumps(await self._container_info(container))} if request.verbose else {},
+        )
+
+    async def UpdateContainerResources(
+        self, request: api.UpdateContainerResourcesRequest, context: Context
+    ) -> api.UpdateContainerResourcesResponse:
+        container = self._containers.get(_required(request, "container_id"))
+        if request.HasField("linux"):
+            await self._containers.update(container, from_cri.resources(request.linux))
+        return api.UpdateContainerResourcesResponse()
+
+    async def ReopenContainerLog(
+        self, request: api.ReopenContainerLogRequest, context: Context
+    ) -> api.ReopenContainerLogResponse:
+        await self._containers.reopen_log(self._containers.get(_required(request, "container_id")))
+        return api.ReopenContainerLogResponse()
+
+    # Exec
+
+    async def ExecSync(self, request: api.ExecSyncRequest, context: Context) -> api.ExecSyncResponse:
+        container = self._containers.get(_required(request, "container_id"))
+        if not request.cmd:
+            raise InvalidArgument("cmd: empty")
+        if request.timeout < 0:
+            raise InvalidArgument(f"timeout: {request.timeout} is negative")
+        result = await self._containers.exec_sync(container, tuple(request.cmd), request.timeout or None)
+        return api.ExecSyncResponse(stdout=result.stdout, stderr=result.stderr, exit_code=result.exit_code)
+
+    async def Exec(self, request: api.ExecRequest, context: Context) -> api.ExecResponse:
+        self._containers.get(_required(request, "container_id"))
+        raise Unimplemented("Exec: there is no streaming server in this version; ExecSync works")
+
+    async def Attach(self, request: api.AttachRequest, context: Context) -> api.AttachResponse:
+        self._containers.get(_required(request, "container_id"))
+        raise Unimplemented("Attach: there is no streaming server in this version")
+
+    async def PortForward(self, request: api.PortForwardRequest, context: Context) -> api.PortForwardResponse:
+        self._sandboxes.get(_required(request, "pod_sandbox_id"))
+        raise Unimplemented("PortForward: there is no streaming server in this version")
+
+    # Statistics and events
+
+    async def ContainerStats(self, request: api.ContainerStatsRequest, context: Context) -> api.ContainerStatsResponse:
+        container = self._containers.get(_required(request, "container_id"))
+        return api.ContainerStatsResponse(stats=(await self._stats.containers([container]))[0])
+
+    async def ListContainerStats(
+        self, request: api.ListContainerStatsRequest, context: Context
+    ) -> api.ListContainerStatsResponse:
+        return api.ListContainerStatsResponse(stats=await self._listed_container_stats(request.filter))
+
+    async def StreamContainerStats(
+        self, request: api.StreamContainerStatsRequest, context: Context
+    ) -> AsyncIterator[api.StreamContainerStatsResponse]:
+        for chunk in _chunks(await self._listed_container_stats(request.filter)):
+            yield api.StreamContainerStatsResponse(container_stats=chunk)
+
+    async def PodSandboxStats(
+        self, request: api.PodSandboxStatsRequest, context: Context
+    ) -> api.PodSandboxStatsResponse:
+        sandbox = self._sandboxes.get(_required(request, "pod_sandbox_id"))
+        return api.PodSandboxStatsResponse(stats=(await self._stats.sandboxes([sandbox]))[0])
+
+    async def ListPodSandboxStats(
+        self, request: api.ListPodSandboxStatsRequest, context: Context
+    ) -> api.ListPodSandboxStatsResponse:
+        return api.ListPodSandboxStatsResponse(stats=await self._listed_sandbox_stats(request.filter))
+
+    async def StreamPodSandboxStats(
+        self, request: api.StreamPodSandboxStatsRequest, context: Context
+    ) -> AsyncIterator[api.StreamPodSandboxStatsResponse]:
+        for chunk in _chunks(await self._listed_sandbox_stats(request.filter)):
+            yield api.StreamPodSandboxStatsResponse(pod_sandbox_stats=chunk)
+
+    async def GetContainerEvents(
+        self, request: api.GetEventsRequest, context: Context
+    ) -> AsyncIterator[api.ContainerEventResponse]:
+        async for event in self._events.listen():
+            yield event
+
+    async def ListMetricDescriptors(
+        self, request: api.ListMetricDescriptorsRequest, context: Context
+    ) -> api.ListMetricDescriptorsResponse:
+        raise Unimplemented("ListMetricDescriptors: this version serves no metrics over the CRI; the stats calls work")
+
+    async def ListPodSandboxMetrics(
+        self, request: api.ListPodSandboxMetricsRequest, context: Context
+    ) -> api.ListPodSandboxMetricsResponse:
+        raise Unimplemented("ListPodSandboxMetrics: this version serves no metrics over the CRI; the stats calls work")
+
+    async def StreamPodSandboxMetrics(
+        self, request: api.StreamPodSandboxMetricsRequest, context: Context
+    ) -> AsyncIterator[api.StreamPodSandboxMetricsResponse]:
+        raise Unimplemented("StreamPodSandboxMetrics: this version serves no metrics over the CRI")
+        yield  # makes this an asynchronous generator, which gRPC wants of a streaming method
+
+    # Checkpoints
+
+    async def CheckpointContainer(
+        self, request: api.CheckpointContainerRequest, context: Context
+    ) -> api.CheckpointContainerResponse:
+        raise Unimplemented("CheckpointContainer: this version makes no checkpoints")
+
+    async def CheckpointPod(self, request: api.CheckpointPodRequest, context: Context) -> api.CheckpointPodResponse:
+        raise Unimplemented("CheckpointPod: this version makes no checkpoints")
+
+    async def RestorePod(self, request: api.RestorePodRequest, context: Context) -> api.RestorePodResponse:
+        raise Unimplemented("RestorePod: this version restores no checkpoints")
+
+    # Small steps
+
+    def _listed_sandboxes(self, wanted: api.PodSandboxFilter) -> list[api.PodSandbox]:
+        return [
+            to_cri.sandbox(each.record) for each in self._sandboxes.all() if filters.sandbox_passes(each.record, wanted)
+        ]
+
+    def _listed_containers(self, wanted: api.ContainerFilter) -> list[api.Container]:
+        return [
+            to_cri.container(each.record)
+            for each in self._containers.all()
+            if filters.container_passes(each.record, wanted)
+        ]
+
+    async def _listed_container_stats(self, wanted: api.ContainerStatsFilter) -> list[api.ContainerStats]:
+        passing = [each for each in self._containers.all() if filters.container_stats_passes(each.record, wanted)]
+        return await self._stats.containers(passing)
+
+    async def _listed_sandbox_stats(self, wanted: api.PodSandboxStatsFilter) -> list[api.PodSandboxStats]:
+        passing = [each for each in self._sandboxes.all() if filters.sandbox_stats_passes(each.record, wanted)]
+        return await self._stats.sandboxes(passing)
+
+    def _sandbox_info(self, sandbox: Sandbox) -> dict[str, Any]:
+        record = sandbox.record
+        return {
+            "pid": record.pause_pid,
+            "runtimeHandler": record.runtime_handler,
+            "hostname": record.hostname,
+            "cgroupParent": record.cgroup_parent,
+            "netns": self._sandboxes.netns(sandbox),
+            "ips": record.ips,
+            "cniResults": [json.loads(each.result) for each in record.attachments if each.result],
+        }
+
+    async def _container_info(self, container: Container) -> dict[str, Any]:
+        record = container.record
+        try:
+            runtime_spec = await self._containers.runtime_spec(container)
+        except NotFound:
+            runtime_spec = {}
+        return {
+            "sandboxID": record.sandbox_id,
+            "pid": record.status.pid,
+            "runtimeHandler": record.runtime_handler,
+            "rootfs": record.rootfs,
+            "cgroup": self._containers.cgroup_path(container),
+            "runtimeSpec": runtime_spec,
+        }
+
+
+def _required(request: Message, field: str) -> str:
+    value: str = getattr(request, field)
+    if not value:
+        raise InvalidArgument(f"{field}: empty")
+    return value
+
+
+def _digest(request: Message) -> str:
+    """Tells equal requests from others that bear the same name."""
+    return sha256(request.SerializeToString(deterministic=True)).hexdigest()[:16]
+
+
+def _chunks(items: Sequence[T]) -> Iterable[Sequence[T]]:
+    return (items[start : start + STREAM_CHUNK] for start in range(0, len(items), STREAM_CHUNK))

@@ -1,0 +1,663 @@
+"""The story of every container: create, start, stop, exec, update, remove, and what becomes of it after a restart.
+
+One teardown serves them all: what a container may have is derived from its record, and taking it away is idempotent.
+So a failed create, a removal, and a crash in the middle of either end the same way.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from oci import host, spec, status
+from oci.background import Background, until_done, with_last_repeated
+from oci.bundle import Bundles
+from oci.clock import Clock
+from oci.container import Container, ContainerRecord
+from oci.container_spec import ContainerId, ContainerSpec, NamespaceMode, PodEnvironment, Resources, SandboxId
+from oci.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    Error,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
+from oci.events import Bus, Event, EventKind
+from oci.handlers import Handler, Handlers
+from oci.image import ImageConfig
+from oci.linux import cgroup, passwd, proc
+from oci.linux.node import Node
+from oci.monitor_client import (
+    ExecResult,
+    ExitRecord,
+    ForkServer,
+    Monitor,
+    MonitorRequest,
+    read_exit_record,
+    wait_orphan_exit,
+)
+from oci.rootfs import Rootfs, Shift
+from oci.state import Records, Unreadable
+from oci.status import ContainerState
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_STOP_SIGNAL = "SIGTERM"
+DISCARD_WAIT_S = 30.0  # how long a failed CreateContainer waits for its own cleanup before it answers
+KILL_RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # after SIGKILL, until the kernel lets the process go
+
+
+@dataclass(frozen=True, slots=True)
+class ImageToRun:
+    """What containers need of an image: its identity, its configuration and its layers, lowest first."""
+
+    id: str
+    config: ImageConfig
+    layers: tuple[Path, ...]
+
+
+class ImageHolds(Protocol):
+    """Who keeps an image's layers on disk for as long as somebody runs from them."""
+
+    def hold(self, image_id: str, holder: str) -> None: ...
+
+    def release(self, holder: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerSettings:
+    """What the configuration says of containers; directories are absolute."""
+
+    run_dir: Path  # …/containers/<id>: bundle, monitor socket, exit record, mount point of the root filesystem
+    cgroup_driver: cgroup.Driver
+    create_timeout_s: float
+    log_max_bytes: int  # 0 is unlimited
+
+
+class Containers:
+    def __init__(
+        self,
+        settings: ContainerSettings,
+        records: Records[ContainerRecord],
+        handlers: Handlers,
+        fork_server: ForkServer,
+        bundles: Bundles,
+        rootfs: Rootfs,
+        node: Node,
+        holds: ImageHolds,
+        events: Bus[Event],
+        clock: Clock,
+        mounts: Executor,
+    ) -> None:
+        self._settings = settings
+        self._records = records
+        self._handlers = handlers
+        self._fork_server = fork_server
+        self._bundles = bundles
+        self._rootfs = rootfs
+        self._node = node
+        self._holds = holds
+        self._events = events
+        self._clock = clock
+        self._mounts = mounts
+        self._by_id: dict[ContainerId, Container] = {}
+        self._by_name: dict[str, ContainerId] = {}
+        self._background = Background()
+
+    # Lookup: from memory, never waiting
+
+    def all(self) -> list[Container]:
+        """Every container that lists show."""
+        return [container for container in self._by_id.values() if container.is_visible]
+
+    def of(self, sandbox_id: SandboxId) -> list[Container]:
+        """Every container of one pod, those being made or removed too."""
+        return [container for container in self._by_id.values() if container.record.sandbox_id == sandbox_id]
+
+    def known_ids(self) -> list[ContainerId]:
+        """Every container of which anything may exist, also those being made or removed."""
+        return list(self._by_id)
+
+    def find(self, id: str) -> Container | None:
+        """The visible container with this id, or with the only id that begins so."""
+        container = self._by_id.get(ContainerId(id))
+        if container is None and id:
+            matches = [each for each in self.all() if each.id.startswith(id)]
+            container = matches[0] if len(matches) == 1 else None
+        return container if container is not None and container.is_visible else None
+
+    def get(self, id: str) -> Container:
+        container = self.find(id)
+        if container is None:
+            raise NotFound(f"container {id!r}: there is none")
+        return container
+
+    def cgroup_path(self, container: Container) -> str:
+        """Where the container's cgroup lies in every hierarchy."""
+        return cgroup.child_path(self._settings.cgroup_driver, container.record.cgroup_parent, container.id)
+
+    # Create
+
+    async def create(
+        self,
+        wanted: ContainerSpec,
+        pod: PodEnvironment,
+        image: ImageToRun,
+        handler: Handler,
+        image_mounts: Mapping[str, Path],
+    ) -> Container:
+        """Make a container that is ready to start. On any error nothing of it stays."""
+        id = ContainerId(secrets.token_hex(32))
+        record = ContainerRecord(
+            id=id,
+            sandbox_id=pod.sandbox_id,
+            spec=wanted,
+            image_id=image.id,
+            runtime_handler=handler.name,
+            log_path=_log_path(pod, wanted),
+            cgroup_parent=pod.cgroup_parent,
+            stop_signal=wanted.stop_signal or image.config.stop_signal or DEFAULT_STOP_SIGNAL,
+            rootfs=str(self._rootfs.path(id)),
+            requested_at=self._clock.now(),
+            status=status.ContainerStatus(resources=wanted.resources),
+        )
+        existing = self._named(record)
+        if existing is not None:
+            return existing
+        _signal_number(record.stop_signal)
+        container = self._by_id[id] = Container(record)
+        self._by_name[record.full_name] = id
+        try:
+            await self._make(container, pod, image, image_mounts)
+        except BaseException:
+            self._forget_name(record)
+            self._background.start(self._discard(container), f"discard container {container.id}")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(container.settled.wait(), DISCARD_WAIT_S)
+            raise
+        container.settled.set()
+        self._publish(EventKind.CREATED, container)
+        return container
+
+    def _named(self, record: ContainerRecord) -> Container | None:
+        """The container that an earlier, equal request has made; its caller may have given up before the answer."""
+        id = self._by_name.get(record.full_name)
+        if id is None:
+            return None
+        existing = self._by_id[id]
+        if existing.record.spec == record.spec and existing.state is ContainerState.CREATED:
+            return existing
+        raise AlreadyExists(
+            f"container {record.spec.name!r}, attempt {record.spec.attempt}, of pod {record.sandbox_id}:"
+            f" {id} is called so and is {existing.state}"
+        )
+
+    async def _make(
+        self, container: Container, pod: PodEnvironment, image: ImageToRun, image_mounts: Mapping[str, Path]
+    ) -> None:
+        id, settings = container.id, self._settings
+        await self._records.put(id, container.record)
+        self._holds.hold(image.id, id)
+        handler = self._handlers.resolve(container.record.runtime_handler)
+        spec_ = container.record.spec
+        found = await host.look_up(spec_, privileged_devices=not handler.privileged_without_host_devices)
+        target_pid_ns = self._target_pid_ns(container.record)
+        user = await self._pooled(
+            self._prepare, container.record, pod, image, image_mounts, found, handler, target_pid_ns
+        )
+        container.record = replace(container.record, user=user)
+        container.monitor = await self._fork_server.spawn_monitor(
+            MonitorRequest(
+                container_id=id,
+                directory=settings.run_dir / id,
+                bundle=self._bundles.path(id),
+                runtime=handler.runtime.argv,
+                log_path=container.record.log_path,
+                log_max_bytes=settings.log_max_bytes,
+                tty=spec_.tty,
+                stdin=spec_.stdin,
+                stdin_once=spec_.stdin_once,
+                cgroup_procs=handler.monitor_cgroup_procs,
+            )
+        )
+        init = await container.monitor.create(settings.create_timeout_s)
+        now = self._clock.now()
+        await self._set(container, status.with_creation(container.record.status, now, init.pid, init.start_time))
+        self._watch(container)
+
+    def _prepare(
+        self,
+        record: ContainerRecord,
+        pod: PodEnvironment,
+        image: ImageToRun,
+        image_mounts: Mapping[str, Path],
+        found: host.HostObjects,
+        handler: Handler,
+        target_pid_ns: str,
+    ) -> passwd.User:
+        """Mount the root filesystem and write the bundle; in a pool. What half of it leaves, a release takes away."""
+        id, wanted = record.id, record.spec
+        shift = Shift(pod.user_namespace, pod.user_ns) if pod.user_namespace else None
+        rootfs = self._rootfs.mount(id, image.layers, shift=shift)
+        self._rootfs.make_working_directory(id, spec.working_directory(wanted, image.config), shift=shift)
+        mounted = [mount.container_path for mount in wanted.mounts]
+        user = passwd.resolve(rootfs, image.config.user, wanted.security)
+        config = spec.build(
+            wanted,
+            image.config,
+            pod,
+            self._node,
+            placement=spec.Placement(
+                container_id=id,
+                rootfs=rootfs,
+                user=user,
+                cgroups_path=cgroup.runtime_path(self._settings.cgroup_driver, record.cgroup_parent, id),
+                volumes=self._rootfs.make_volumes(id, image.config.volumes, mounted, shift=shift),
+                image_mounts=image_mounts,
+                target_pid_ns=target_pid_ns,
+                annotations=handler.allowed({**pod.annotations, **wanted.annotations}),
+            ),
+            host=found,
+            features=handler.features,
+        )
+        self._bundles.write(id, config)
+        return user
+
+    def _target_pid_ns(self, record: ContainerRecord) -> str:
+        """The PID namespace that the container joins (CRI mode TARGET), as a path; "" for the other modes."""
+        security = record.spec.security
+        if security.pid is not NamespaceMode.TARGET:
+            return ""
+        target = self.get(security.target_id)
+        if target.record.sandbox_id != record.sandbox_id:
+            raise InvalidArgument(f"namespace_options.target_id: {security.target_id!r} is not in the same pod")
+        if target.state is not ContainerState.RUNNING:
+            raise FailedPrecondition(f"namespace_options.target_id: {security.target_id!r} is {target.state}")
+        return f"/proc/{target.record.status.pid}/ns/pid"
+
+    # Start
+
+    async def start(self, container: Container) -> None:
+        """Let the container's process run. A failed start is an end: EXITED, with the OCI runtime's own words."""
+        async with container.lock:
+            now = self._clock.now()
+            started = status.with_start(container.record.status, now)
+            try:
+                await _monitor(container).start(self._settings.create_timeout_s)
+            except Error as error:
+                await self._set(container, status.with_failed_start(container.record.status, now, str(error)))
+                self._kill(container, signal.SIGKILL)
+                raise
+            await self._set(container, started)
+            self._publish(EventKind.STARTED, container)
+
+    # Stop
+
+    async def stop(self, container: Container, timeout_s: float) -> None:
+        """Return once the container has ended: by its stop signal within `timeout_s`, or by SIGKILL.
+
+        A later call may only shorten the time that an earlier one gave. Whoever gives up waiting stops nothing.
+        """
+        await container.settled.wait()
+        if container.exited.is_set():
+            return
+        deadline = asyncio.get_running_loop().time() + max(timeout_s, 0)
+        if container.stop_deadline is None or deadline < container.stop_deadline:
+            container.stop_deadline = deadline
+            container.stop_changed.set()
+        if container.stop_task is None or container.stop_task.done():
+            container.stop_task = self._background.start(self._stop(container), f"stop container {container.id}")
+        await asyncio.shield(container.stop_task)
+
+    async def _stop(self, container: Container) -> None:
+        loop = asyncio.get_running_loop()
+        assert container.stop_deadline is not None
+        if container.state is ContainerState.RUNNING and container.stop_deadline > loop.time():
+            self._kill(container, _signal_number(container.record.stop_signal))
+            while (left := container.stop_deadline - loop.time()) > 0 and not container.exited.is_set():
+                container.stop_changed.clear()
+                await _first_of(container.exited.wait(), container.stop_changed.wait(), timeout_s=left)
+        for pause_s in with_last_repeated(KILL_RETRY_S):
+            if container.exited.is_set():
+                return
+            if container.state is ContainerState.UNKNOWN or container.record.status.pid == 0:
+                await self._end_unknown(container)
+                return
+            self._kill(container, signal.SIGKILL)
+            try:
+                await asyncio.wait_for(container.exited.wait(), pause_s)
+            except TimeoutError:
+                await self._explain_survivor(container)
+
+    async def _end_unknown(self, container: Container) -> None:
+        """End whatever stands behind a record that could not be read: the OCI runtime knows the id."""
+        async with container.lock:
+            await self._release_parts(container)
+            ended = status.with_lost_exit(
+                container.record.status, self._clock.now(), status.REASON_ERROR, "stopped; its record was unreadable"
+            )
+            await self._set(container, replace(ended, is_unknown=False))
+        container.exited.set()
+        await self._released(container)
+
+    async def _explain_survivor(self, container: Container) -> None:
+        stat = await self._pooled(proc.stat, container.record.status.pid)
+        state = stat.state if stat is not None else "gone"
+        _log.warning(
+            "container %s still runs after SIGKILL: process %d is in state %s%s",
+            container.id,
+            container.record.status.pid,
+            state,
+            " (uninterruptible: it waits for a device or a dead file server)" if state == "D" else "",
+        )
+
+    def _kill(self, container: Container, number: int) -> None:
+        """Send a signal to the container's init, and to no other process that may have got its pid."""
+        if container.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):  # it has ended: the exit is on its way
+                signal.pidfd_send_signal(container.pidfd, number)
+
+    # Remove
+
+    async def remove(self, container: Container) -> None:
+        """Take the container away, whatever its state; its log file stays, for kubelet to remove."""
+        await container.settled.wait()
+        if self._by_id.get(container.id) is not container:
+            return  # its creation has failed meanwhile
+        async with container.lock:
+            if not container.record.is_removing:
+                container.record = replace(container.record, is_removing=True)
+                await self._records.put(container.id, container.record)
+        await self.stop(container, 0)
+        await container.released.wait()
+        await until_done(f"removal of container {container.id}", lambda: self._delete(container))
+        self._publish(EventKind.DELETED, container)
+
+    async def _delete(self, container: Container) -> None:
+        await self._pooled(self._rootfs.remove, container.id)
+        await self._pooled(self._bundles.remove, container.id)
+        await self._records.delete(container.id)
+        self._forget_name(container.record)
+        self._by_id.pop(container.id, None)
+
+    def _forget_name(self, record: ContainerRecord) -> None:
+        if self._by_name.get(record.full_name) == record.id:
+            del self._by_name[record.full_name]
+
+    # Exit: the one path upward
+
+    def _watch(self, container: Container) -> None:
+        current = container.record.status
+        with contextlib.suppress(ProcessLookupError):  # it ended before anybody looked; the monitor knows how
+            container.pidfd = proc.pidfd(current.pid, current.pid_start_time)
+        container.watch_task = self._background.start(self._until_exit(container), f"exit of container {container.id}")
+
+    async def _until_exit(self, container: Container) -> None:
+        exit = await self._exit_of(container)
+        async with container.lock:
+            if isinstance(exit, _Lost):
+                ended = status.with_lost_exit(container.record.status, self._clock.now(), exit.reason, exit.message)
+            else:
+                ended = status.with_exit(
+                    container.record.status, exit.finished_at, exit.exit_code, exit.oom_killed, exit.message
+                )
+            await self._set(container, ended)
+        if container.pidfd >= 0:
+            os.close(container.pidfd)
+            container.pidfd = -1
+        container.exited.set()
+        self._publish(EventKind.STOPPED, container)
+        await self._released(container)
+
+    async def _exit_of(self, container: Container) -> "_Exit | _Lost":
+        """How the container ended: from its monitor, else its monitor's record, else whoever reaped it."""
+        if container.monitor is not None:
+            try:
+                return _exit_from(await container.monitor.wait_exit())
+            except Unavailable as error:
+                _log.warning("the monitor of container %s is lost: %s", container.id, error)
+        record = await self._pooled(read_exit_record, self._settings.run_dir / container.id)
+        if record is not None:
+            return _exit_from(record)
+        last = container.record.status
+        try:
+            orphan = await wait_orphan_exit(self._settings.run_dir.parent, last.pid, last.pid_start_time)
+        except Unavailable as error:
+            return _Lost(status.REASON_MONITOR_LOST, f"its monitor was lost, so nobody saw how it ended: {error}")
+        message = "its monitor was lost before it ended: the log may lack lines"
+        return _Exit(orphan.finished_at, orphan.exit_code, False, message)
+
+    # Release: what an ended container no longer needs
+
+    async def _released(self, container: Container) -> None:
+        """Give back what runs and is mounted for the container, trying again until it is done."""
+        await until_done(f"release of container {container.id}", lambda: self._release(container))
+        container.released.set()
+
+    async def _release(self, container: Container) -> None:
+        async with container.lock:
+            await self._release_parts(container)
+            container.record = replace(container.record, is_released=True)
+            if container.state is not ContainerState.CREATING:
+                await self._records.put(container.id, container.record)
+
+    async def _release_parts(self, container: Container) -> None:
+        record = container.record
+        handler = self._handlers.find(record.runtime_handler)
+        if handler is not None:
+            await handler.runtime.delete(record.id)
+        if container.monitor is not None:
+            container.monitor.close()
+            container.monitor = None
+        await self._pooled(self._rootfs.unmount, record.id)
+        self._holds.release(record.id)
+
+    async def _discard(self, container: Container) -> None:
+        """Take away what a failed create has left."""
+        if container.monitor is not None:
+            with contextlib.suppress(Error):  # it has ended by itself after a failed create
+                await container.monitor.shutdown()
+        await self._released(container)
+        await until_done(f"removal of container {container.id}", lambda: self._delete(container))
+        container.exited.set()
+        container.settled.set()
+
+    # Exec, log, resources
+
+    async def exec_sync(self, container: Container, command: tuple[str, ...], timeout_s: float | None) -> ExecResult:
+        """Run a command in the container and return what it wrote and its exit code.
+
+        Raises DeadlineExceeded after `timeout_s` (None waits for ever), when no process of it is left.
+        """
+        _require(container, ContainerState.RUNNING, "exec in")
+        config = await self.runtime_spec(container)
+        process = spec.exec_process(config, command, tty=False)
+        try:
+            return await _monitor(container).exec_sync(process, timeout_s)
+        except DeadlineExceeded:
+            raise DeadlineExceeded(f"command {' '.join(command)!r} timed out after {timeout_s} s") from None
+
+    async def runtime_spec(self, container: Container) -> dict[str, Any]:
+        """The config.json that the OCI runtime was given. Raises NotFound once the bundle is gone."""
+        config: dict[str, Any] = await self._pooled(self._bundles.read, container.id)
+        return config
+
+    async def reopen_log(self, container: Container) -> None:
+        """Write to the log's path anew: somebody moved the file. The new file is there on return."""
+        _require(container, ContainerState.RUNNING, "reopen the log of")
+        await _monitor(container).reopen_log()
+
+    async def update(self, container: Container, changes: Resources) -> None:
+        """Change the limits of a container that has not ended; fields that are not set stay as they are."""
+        async with container.lock:
+            if container.state not in (ContainerState.CREATED, ContainerState.RUNNING):
+                raise FailedPrecondition(f"cannot update a container that is {container.state}")
+            handler = self._handlers.resolve(container.record.runtime_handler)
+            limits = spec.update_resources(changes, self._node, handler.features)
+            await handler.runtime.update(container.id, limits)
+            merged = _merged(container.record.status.resources, changes)
+            await self._set(container, replace(container.record.status, resources=merged))
+
+    # Restart
+
+    async def restore(self, same_boot: bool) -> None:
+        """Take over the containers of an earlier daemon; to be called once, before anything else.
+
+        `same_boot` is False when the node has rebooted since: then nothing of them runs. Returns when every container's
+        state is known; what must be undone or finished goes on in the background.
+        """
+        found = [_readable(id, record, self._settings) for id, record in self._records.load()]
+        await asyncio.gather(*(self._restore(record, same_boot) for record in found))
+
+    async def _restore(self, record: ContainerRecord, same_boot: bool) -> None:
+        container = self._by_id[record.id] = Container(record)
+        if record.state is ContainerState.CREATING:
+            self._background.start(self._discard(container), f"discard container {container.id}")
+            return
+        self._by_name[record.full_name] = record.id
+        if not record.is_released:
+            self._holds.hold(record.image_id, record.id)
+        if record.state is ContainerState.EXITED:
+            if not record.is_released:
+                self._background.start(self._released(container), f"release container {container.id}")
+        elif record.state is not ContainerState.UNKNOWN:
+            await self._restore_alive(container, same_boot)
+        if record.is_removing:
+            self._background.start(self.remove(container), f"remove container {container.id}")
+
+    async def _restore_alive(self, container: Container, same_boot: bool) -> None:
+        """A container that had not ended when it was last heard of."""
+        if not same_boot:
+            message = "the node was rebooted while it ran"
+            ended = status.with_lost_exit(
+                container.record.status, self._clock.now(), status.REASON_NODE_REBOOTED, message
+            )
+            await self._set(container, ended)
+            container.exited.set()
+            self._background.start(self._released(container), f"release container {container.id}")
+            return
+        try:
+            container.monitor = await Monitor.connect(self._settings.run_dir / container.id)
+        except Unavailable as error:
+            _log.info("container %s has no monitor: %s", container.id, error)
+        self._watch(container)
+
+    async def close(self) -> None:
+        """Let go of everything; containers and monitors go on."""
+        await self._background.close()
+        for container in self._by_id.values():
+            if container.monitor is not None:
+                container.monitor.close()
+            if container.pidfd >= 0:
+                os.close(container.pidfd)
+
+    # Small steps
+
+    async def _set(self, container: Container, new: status.ContainerStatus) -> None:
+        container.record = replace(container.record, status=new)
+        await self._records.put(container.id, container.record)
+
+    def _publish(self, kind: EventKind, container: Container) -> None:
+        self._events.publish(Event(kind, container.id, container.record.sandbox_id, self._clock.now()))
+
+    async def _pooled(self, leaf: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._mounts, leaf, *arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class _Exit:
+    finished_at: int
+    exit_code: int
+    oom_killed: bool
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    reason: str
+    message: str
+
+
+def _exit_from(record: ExitRecord) -> _Exit:
+    return _Exit(record.finished_at, record.exit_code, record.oom_killed, "")
+
+
+def _readable(id: str, record: ContainerRecord | Unreadable, settings: ContainerSettings) -> ContainerRecord:
+    """The record, or where it cannot be read, one that lets the container be listed, stopped and removed."""
+    if not isinstance(record, Unreadable):
+        return record
+    _log.error("the record of container %s cannot be read: %s", id, record.reason)
+    return ContainerRecord(
+        id=ContainerId(id),
+        sandbox_id=SandboxId(""),
+        spec=ContainerSpec(name=id[:13], image="unknown"),
+        image_id="unknown",
+        runtime_handler="",
+        log_path="",
+        cgroup_parent="/",
+        stop_signal=DEFAULT_STOP_SIGNAL,
+        rootfs=str(settings.run_dir / id / "rootfs"),
+        requested_at=1,
+        status=status.ContainerStatus(created_at=1, is_unknown=True, message=f"unreadable record: {record.reason}"),
+    )
+
+
+def _monitor(container: Container) -> Monitor:
+    if container.monitor is None:
+        raise FailedPrecondition(f"container {container.id}: its monitor is lost, so this cannot be done")
+    return container.monitor
+
+
+def _require(container: Container, state: ContainerState, verb: str) -> None:
+    if container.state is not state:
+        raise FailedPrecondition(f"cannot {verb} a container that is {container.state} (id {container.id})")
+
+
+def _log_path(pod: PodEnvironment, wanted: ContainerSpec) -> str:
+    if not wanted.log_path or not pod.log_directory:
+        return ""
+    return str(Path(pod.log_directory) / wanted.log_path)
+
+
+def _signal_number(name: str) -> int:
+    """The number of a signal as images and the CRI name it: "SIGTERM", "TERM", "15", "SIGRTMIN+3".
+
+    Raises InvalidArgument for anything else.
+    """
+    word = name.strip().upper()
+    if word.isdecimal() and 0 < int(word) < signal.NSIG:
+        return int(word)
+    base, sign, offset = word.partition("+") if "+" in word else word.partition("-")
+    base = base if base.startswith("SIG") else f"SIG{base}"
+    try:
+        number = int(signal.Signals[base]) + (int(sign + offset) if sign else 0)
+    except (KeyError, ValueError):
+        raise InvalidArgument(f"stop signal {name!r} is not a signal of this host") from None
+    return number
+
+
+def _merged(old: Resources, new: Resources) -> Resources:
+    """`old` with every field that `new` sets."""
+    unset = Resources()
+    changed = {name: value for name in Resources.__slots__ if (value := getattr(new, name)) != getattr(unset, name)}
+    if "unified" in changed:
+        changed["unified"] = {**old.unified, **new.unified}
+    return replace(old, **changed)
+
+
+async def _first_of(*waits: Any, timeout_s: float) -> None:
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()

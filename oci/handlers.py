@@ -1,0 +1,50 @@
+"""Runtime handlers: the OCI runtimes by the names that RuntimeClasses give them, with what each can and may do."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from oci.errors import InvalidArgument
+from oci.runtime import Runtime
+from oci.spec import RuntimeFeatures
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """One configured handler; its name is never ""."""
+
+    name: str
+    runtime: Runtime
+    features: RuntimeFeatures
+    allowed_annotations: tuple[str, ...] = ()  # names, or prefixes that end in *
+    privileged_without_host_devices: bool = False
+    monitor_cgroup_procs: tuple[str, ...] = ()  # files that a monitor writes its pid into
+
+    def allowed(self, annotations: Mapping[str, str]) -> dict[str, str]:
+        """Those of a pod's or container's annotations that the OCI runtime may see."""
+        return {name: value for name, value in annotations.items() if self._allows(name)}
+
+    def _allows(self, name: str) -> bool:
+        return any(
+            name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
+            for pattern in self.allowed_annotations
+        )
+
+
+class Handlers:
+    def __init__(self, handlers: Iterable[Handler], default: str) -> None:
+        self._by_name = {handler.name: handler for handler in handlers}
+        self.default = default
+
+    def all(self) -> list[Handler]:
+        return sorted(self._by_name.values(), key=lambda handler: handler.name)
+
+    def find(self, name: str) -> Handler | None:
+        return self._by_name.get(name or self.default)
+
+    def resolve(self, name: str) -> Handler:
+        """The handler of this name; "" is the default one. Raises InvalidArgument for one that is not configured."""
+        handler = self.find(name)
+        if handler is None:
+            known = ", ".join(sorted(self._by_name)) or "none"
+            raise InvalidArgument(f"runtime_handler: {name or self.default!r} is not configured (configured: {known})")
+        return handler
