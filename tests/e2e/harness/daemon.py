@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import uuid
@@ -49,8 +50,9 @@ class Daemon:
         self._clients: list[Client] = []
         for folder in (self.run_dir, self.logs, directory / "registries.conf.d", directory / "certs.d"):
             folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["mount", "-t", "tmpfs", "crito-e2e", str(self.run_dir)], check=True)  # as /run is
+        self._mount_run_dir()
         self.registries_conf.write_text("")
+        (directory / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
         self.network.write(self.cni_conf)
 
     # Life
@@ -124,12 +126,23 @@ class Daemon:
             return []
         return [self.process.pid, *(each.pid for each in leftovers.processes() if each.parent == self.process.pid)]
 
+    def lose_memory(self) -> None:
+        """What a reboot does while the daemon is not running: all in memory ends, and the boot id is another one."""
+        destroy_owned(self.owned)
+        self._mount_run_dir()
+        with contextlib.closing(sqlite3.connect(self.root / "state.db")) as database, database:
+            changed = database.execute("UPDATE facts SET value = ? WHERE id = 'boot_id'", (str(uuid.uuid4()),))
+            assert changed.rowcount == 1
+
     def destroy(self) -> None:
         """End and remove everything of it by force, whatever state it is in."""
         for client in self._clients:
             client.close()
         self.kill()
         destroy_owned(self.owned)
+
+    def _mount_run_dir(self) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "crito-e2e", str(self.run_dir)], check=True)  # as /run is
 
     def _answers(self) -> bool:
         client = Client(self.socket, self.cgroup_parent, self.logs, set())

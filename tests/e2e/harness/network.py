@@ -32,6 +32,11 @@ class BridgeNetwork:
             if prefix not in routes:
                 return cls(f"ce{second:02x}{third:02x}{random.randrange(1 << 16):04x}", f"{prefix}0/24", directory)
 
+    @property
+    def gateway(self) -> str:
+        """The host's address on the bridge."""
+        return self.subnet.removesuffix("0/24") + "1"
+
     def conflist(self) -> dict[str, Any]:
         ipam = {
             "type": "host-local",
