@@ -72,7 +72,7 @@ class ApiSection:
 
 @dataclass(frozen=True, slots=True)
 class StreamingSection:
-    """The server to which Exec, Attach and PortForward send their callers."""
+    """The server to which Exec, Attach and PortForward send their callers. Without effect in this version."""
 
     address: str = setting(
         kinds.ADDRESS, "127.0.0.1", "IP address to listen on; also the host of the URLs that are returned."
@@ -271,7 +271,10 @@ class TracingSection:
     """Traces of requests, in OpenTelemetry's protocol."""
 
     endpoint: str = setting(
-        kinds.HTTP_URL, "", 'Collector that takes OTLP over HTTP, as "http://HOST:4318"; empty sends nothing.'
+        kinds.HTTP_URL,
+        "",
+        'Collector that takes OTLP over HTTP, as "http://HOST:4318"; empty sends nothing. This version sends no traces:'
+        " set, it only makes the daemon say so.",
     )
 
 
