@@ -25,9 +25,13 @@ class Bundles:
         return self._directory / id
 
     def make(self, id: ContainerId) -> Path:
-        """The bundle's directory, which exists from now on; only root may look into it."""
+        """The bundle's directory, which exists from now on; only root may look into it.
+
+        It can be passed through: the rootfs in it is entered by the root of the container's user namespace.
+        """
         path = self.path(id)
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o711)
         return path
 
     def write(self, id: ContainerId, config: Mapping[str, Any]) -> Path:

@@ -37,9 +37,14 @@ class Rootfs:
         self._options = tuple(options)
 
     def prepare(self) -> None:
-        """Keep the mounts below the run directory in this mount namespace. Once, before the first mount."""
+        """Keep the mounts below the run directory in this mount namespace. Once, before the first mount.
+
+        The root of a user namespace must be able to pass through the directories, not to read them; so must it
+        through their parents.
+        """
         for directory in (self._root, self._run):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
+            directory.chmod(0o711)
         mount.make_private_mountpoint(self._run)
 
     def release(self) -> None:
@@ -69,7 +74,9 @@ class Rootfs:
         if not upper.exists():
             _make_like(upper, layers[-1], shift)
         work.mkdir(mode=0o700, exist_ok=True)
-        target.mkdir(mode=0o755, parents=True, exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
+        for directory in (self._root / id, self._run / id):
+            directory.chmod(0o711)
         options = [*self._options, *([f'context="{selinux_label}"'] if selinux_label else [])]
         if shift is None:
             mount.overlay(target, layers, upper, work, options)

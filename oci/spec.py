@@ -148,7 +148,7 @@ def exec_process(
     environment = _environment_of(process.get("env", ()))
     if tty:
         environment.setdefault("TERM", _TERM)
-    environment.update(env)
+    environment.update((name, _representable(value)) for name, value in env)
     process.update(args=list(argv), terminal=tty, env=[f"{name}={value}" for name, value in environment.items()])
     process.pop("consoleSize", None)
     return process
@@ -198,8 +198,16 @@ def _environment(spec: ContainerSpec, image: ImageConfig, pod: PodEnvironment, u
     for name, value in spec.envs:
         if not name or "=" in name or "\0" in name or "\0" in value:
             raise InvalidArgument(f"envs: {name!r} cannot be the name of a variable, or its value holds a NUL")
-        environment[name] = value
+        environment[name] = _representable(value)
     return [f"{name}={value}" for name, value in environment.items()]
+
+
+def _representable(value: str) -> str:
+    """config.json is UTF-8: other bytes become U+FFFD, as containerd and CRI-O do it (crun refuses them).
+
+    A pod with a binary key among its secrets still starts.
+    """
+    return value.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _environment_of(lines: Sequence[str]) -> dict[str, str]:
@@ -270,11 +278,9 @@ def _default_mounts(spec: ContainerSpec, pod: PodEnvironment) -> list[dict[str, 
         _special("/proc", "proc", ("nosuid", "noexec", "nodev")),
         _special("/dev", "tmpfs", ("nosuid", "strictatime", "mode=755", "size=65536k")),
         _special("/dev/pts", "devpts", ("nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5")),
+        # Shows the queues of whichever IPC namespace the container is in, the node's too.
+        _special("/dev/mqueue", "mqueue", ("nosuid", "noexec", "nodev")),
     ]
-    if pod.ipc_ns:
-        mounts.append(_special("/dev/mqueue", "mqueue", ("nosuid", "noexec", "nodev")))
-    else:
-        mounts.append(_bind("/dev/mqueue", "/dev/mqueue", ("rbind", "nosuid", "noexec", "nodev")))
     if pod.user_ns and not pod.net_ns:
         # The kernel mounts sysfs only for whoever owns the network namespace.
         mounts.append(_bind("/sys", "/sys", ("rbind", "rprivate", "nosuid", "noexec", "nodev", access)))
