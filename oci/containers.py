@@ -270,6 +270,8 @@ class Containers:
             features=handler.features,
         )
         self._bundles.write(id, config)
+        if record.log_path:
+            Path(record.log_path).parent.mkdir(parents=True, exist_ok=True)  # NAME/ATTEMPT.log, as kubelet has it
         return user
 
     def _target_pid_ns(self, record: ContainerRecord) -> str:
