@@ -11,7 +11,9 @@ from pathlib import Path, PurePosixPath
 
 from oci.linux import syscalls
 
-_DEEP = 200  # levels below which a directory is pulled up before its removal goes on
+# What lies deeper, in levels (rmtree holds an fd for each) or bytes of path (PATH_MAX), is pulled up before it is removed.
+_DEEP_LEVELS = 100
+_DEEP_BYTES = 3500
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,9 @@ def usage(path: Path) -> Usage:
                     inodes += 1
         except (FileNotFoundError, NotADirectoryError):
             continue
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:  # deeper than any path: nobody gets there but step by step
+                raise
     return Usage(size, inodes)
 
 
@@ -162,7 +167,7 @@ def _flatten(path: Path) -> None:
         with os.scandir(directory) as entries:
             below = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
         for inner in below:
-            if depth >= _DEEP:
+            if depth >= _DEEP_LEVELS or len(os.fsencode(inner)) > _DEEP_BYTES:
                 while os.path.lexists(f"{path}/.crito-flat-{moved}"):
                     moved += 1
                 raised = f"{path}/.crito-flat-{moved}"
