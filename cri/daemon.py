@@ -32,7 +32,6 @@ from cri.image_service.images import Images, ImageSettings
 from cri.image_service.service import ImageService
 from cri.node_service import NodeService
 from cri.runtime_service.events import ContainerEvents
-from cri.runtime_service.image_volumes import ImageVolumes
 from cri.runtime_service.service import RuntimeService
 from cri.runtime_service.stats import Stats
 from cri.runtime_service.status import Health, RuntimeStatus, disk_health
@@ -45,6 +44,7 @@ from oci.containers import Containers, ContainerSettings
 from oci.errors import Error, FailedPrecondition
 from oci.events import Bus, Event, EventKind
 from oci.handlers import Handler, Handlers
+from oci.image_volumes import ImageVolumes
 from oci.linux import cgroup, node
 from oci.linux.systemd import Systemd
 from oci.monitor_client import ForkServer
@@ -174,7 +174,6 @@ class Daemon:
             self._containers,
             self._images,
             self._handlers,
-            ImageVolumes(self._images),
             events,
             self._stats,
             status,
@@ -330,6 +329,7 @@ async def _build(config: Config, stack: contextlib.AsyncExitStack) -> Daemon:
         fork_server,
         bundles,
         rootfs,
+        ImageVolumes(run_dir / "containers"),
         here,
         images,
         events,

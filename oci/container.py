@@ -17,6 +17,8 @@ class ContainerRecord:
     sandbox_id: SandboxId
     spec: ContainerSpec
     image_id: str  # "sha256:…" of the image configuration
+    image_ref: str  # how the status names it: "registry/name@sha256:…" where it has such a name
+    image_mounts: tuple[tuple[str, str], ...]  # container path and image id of each image volume
     runtime_handler: str  # the handler's name, never ""
     log_path: str  # absolute; "" keeps no log
     cgroup_parent: str  # below which the container's cgroup is made, in the cgroup driver's form

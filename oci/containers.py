@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from oci.errors import (
 from oci.events import Bus, Event, EventKind
 from oci.handlers import Handler, Handlers
 from oci.image import ImageConfig
+from oci.image_volumes import ImageMount, ImageVolumes
 from oci.linux import cgroup, passwd, proc
 from oci.linux.node import Node
 from oci.monitor_client import (
@@ -58,11 +59,13 @@ KILL_RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # after SIGKILL, until the kernel le
 
 @dataclass(frozen=True, slots=True)
 class ImageToRun:
-    """What containers need of an image: its identity, its configuration and its layers, lowest first."""
+    """What a container needs of its image, and of the images that it mounts as volumes."""
 
     id: str
+    ref: str  # how the status names it
     config: ImageConfig
-    layers: tuple[Path, ...]
+    layers: tuple[Path, ...]  # lowest first
+    volumes: tuple[ImageMount, ...]
 
 
 class ImageHolds(Protocol):
@@ -92,6 +95,7 @@ class Containers:
         fork_server: ForkServer,
         bundles: Bundles,
         rootfs: Rootfs,
+        image_volumes: ImageVolumes,
         node: Node,
         holds: ImageHolds,
         events: Bus[Event],
@@ -104,6 +108,7 @@ class Containers:
         self._fork_server = fork_server
         self._bundles = bundles
         self._rootfs = rootfs
+        self._image_volumes = image_volumes
         self._node = node
         self._holds = holds
         self._events = events
@@ -153,7 +158,6 @@ class Containers:
         pod: PodEnvironment,
         image: ImageToRun,
         handler: Handler,
-        image_mounts: Mapping[str, Path],
     ) -> Container:
         """Make a container that is ready to start. On any error nothing of it stays."""
         id = ContainerId(secrets.token_hex(32))
@@ -162,6 +166,8 @@ class Containers:
             sandbox_id=pod.sandbox_id,
             spec=wanted,
             image_id=image.id,
+            image_ref=image.ref,
+            image_mounts=tuple((volume.container_path, volume.image_id) for volume in image.volumes),
             runtime_handler=handler.name,
             log_path=_log_path(pod, wanted),
             cgroup_parent=pod.cgroup_parent,
@@ -177,7 +183,7 @@ class Containers:
         container = self._by_id[id] = Container(record)
         self._by_name[record.full_name] = id
         try:
-            await self._make(container, pod, image, image_mounts)
+            await self._make(container, pod, image)
         except BaseException:
             self._forget_name(record)
             self._background.start(self._discard(container), f"discard container {container.id}")
@@ -201,19 +207,15 @@ class Containers:
             f" {id} is called so and is {existing.state}"
         )
 
-    async def _make(
-        self, container: Container, pod: PodEnvironment, image: ImageToRun, image_mounts: Mapping[str, Path]
-    ) -> None:
+    async def _make(self, container: Container, pod: PodEnvironment, image: ImageToRun) -> None:
         id, settings = container.id, self._settings
         await self._records.put(id, container.record)
-        self._holds.hold(image.id, id)
+        self._hold_images(container.record)
         handler = self._handlers.resolve(container.record.runtime_handler)
         spec_ = container.record.spec
         found = await host.look_up(spec_, privileged_devices=not handler.privileged_without_host_devices)
         target_pid_ns = self._target_pid_ns(container.record)
-        user = await self._pooled(
-            self._prepare, container.record, pod, image, image_mounts, found, handler, target_pid_ns
-        )
+        user = await self._pooled(self._prepare, container.record, pod, image, found, handler, target_pid_ns)
         container.record = replace(container.record, user=user)
         container.monitor = await self._fork_server.spawn_monitor(
             MonitorRequest(
@@ -239,7 +241,6 @@ class Containers:
         record: ContainerRecord,
         pod: PodEnvironment,
         image: ImageToRun,
-        image_mounts: Mapping[str, Path],
         found: host.HostObjects,
         handler: Handler,
         target_pid_ns: str,
@@ -262,7 +263,7 @@ class Containers:
                 user=user,
                 cgroups_path=cgroup.runtime_path(self._settings.cgroup_driver, record.cgroup_parent, id),
                 volumes=self._rootfs.make_volumes(id, image.config.volumes, mounted, shift=shift),
-                image_mounts=image_mounts,
+                image_mounts=self._image_volumes.mount(id, image.volumes),
                 target_pid_ns=target_pid_ns,
                 annotations=handler.allowed({**pod.annotations, **wanted.annotations}),
             ),
@@ -460,8 +461,13 @@ class Containers:
         if container.monitor is not None:
             container.monitor.close()
             container.monitor = None
-        await self._pooled(self._rootfs.unmount, record.id)
-        self._holds.release(record.id)
+        await self._pooled(self._unmount, record.id)
+        for holder, _ in _holders(record):
+            self._holds.release(holder)
+
+    def _unmount(self, id: ContainerId) -> None:
+        self._image_volumes.unmount(id)
+        self._rootfs.unmount(id)
 
     async def _discard(self, container: Container) -> None:
         """Take away what a failed create has left."""
@@ -527,7 +533,8 @@ class Containers:
             return
         self._by_name[record.full_name] = record.id
         if not record.is_released:
-            self._holds.hold(record.image_id, record.id)
+            with contextlib.suppress(NotFound):  # it runs on: what it has mounted does not need the store's record
+                self._hold_images(record)
         if record.state is ContainerState.EXITED:
             if not record.is_released:
                 self._background.start(self._released(container), f"release container {container.id}")
@@ -563,6 +570,10 @@ class Containers:
                 os.close(container.pidfd)
 
     # Small steps
+
+    def _hold_images(self, record: ContainerRecord) -> None:
+        for holder, image_id in _holders(record):
+            self._holds.hold(image_id, holder)
 
     async def _set(self, container: Container, new: status.ContainerStatus) -> None:
         container.record = replace(container.record, status=new)
@@ -603,6 +614,8 @@ def _readable(id: str, record: ContainerRecord | Unreadable, settings: Container
         sandbox_id=SandboxId(""),
         spec=ContainerSpec(name=id[:13], image="unknown"),
         image_id="unknown",
+        image_ref="unknown",
+        image_mounts=(),
         runtime_handler="",
         log_path="",
         cgroup_parent="/",
@@ -611,6 +624,12 @@ def _readable(id: str, record: ContainerRecord | Unreadable, settings: Container
         requested_at=1,
         status=status.ContainerStatus(created_at=1, is_unknown=True, message=f"unreadable record: {record.reason}"),
     )
+
+
+def _holders(record: ContainerRecord) -> list[tuple[str, str]]:
+    """Who holds which image for this container: a name for each, because one name holds one image."""
+    volumes = [(f"{record.id}:{path}", image_id) for path, image_id in record.image_mounts]
+    return [(record.id, record.image_id), *volumes]
 
 
 def _monitor(container: Container) -> Monitor:

@@ -12,16 +12,17 @@ from google.protobuf.message import Message
 from cri.api.runtime.v1 import api_pb2 as api
 from cri.api.runtime.v1 import api_pb2_grpc
 from cri.changes import Changes
-from cri.image_service.images import Images
+from cri.image_service.images import Image, Images
 from cri.runtime_service import filters, from_cri, to_cri
 from cri.runtime_service.events import ContainerEvents
-from cri.runtime_service.image_volumes import ImageVolumes
 from cri.runtime_service.stats import Stats
 from cri.runtime_service.status import RuntimeStatus
 from oci.container import Container
+from oci.container_spec import ContainerSpec
 from oci.containers import Containers, ImageToRun
 from oci.errors import InvalidArgument, NotFound, Unimplemented
 from oci.handlers import Handlers
+from oci.image_volumes import ImageMount
 from oci.version import VERSION
 from sandbox.sandbox import Sandbox
 from sandbox.sandboxes import Sandboxes
@@ -41,7 +42,6 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
         containers: Containers,
         images: Images,
         handlers: Handlers,
-        image_volumes: ImageVolumes,
         events: ContainerEvents,
         stats: Stats,
         status: RuntimeStatus,
@@ -51,7 +51,6 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
         self._containers = containers
         self._images = images
         self._handlers = handlers
-        self._image_volumes = image_volumes
         self._events = events
         self._stats = stats
         self._status = status
@@ -142,11 +141,12 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
         key = f"create container {sandbox.id}/{spec.name}/{spec.attempt} {_digest(request.config)}"
 
         async def create() -> Container:
-            volumes = await self._image_volumes.resolve(spec)
             pod = self._sandboxes.environment(self._sandboxes.ready(sandbox.id))
-            to_run = ImageToRun(image.id, image.config, self._images.layer_paths(image.id))
+            to_run = ImageToRun(
+                image.id, _image_ref(image), image.config, self._images.layer_paths(image.id), self._image_mounts(spec)
+            )
             handler = self._handlers.resolve(sandbox.record.runtime_handler)
-            return await self._containers.create(spec, pod, to_run, handler, volumes)
+            return await self._containers.create(spec, pod, to_run, handler)
 
         container = await self._changes.run(key, create)
         return api.CreateContainerResponse(container_id=container.id)
@@ -158,8 +158,9 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
         return api.StartContainerResponse()
 
     async def StopContainer(self, request: api.StopContainerRequest, context: Context) -> api.StopContainerResponse:
-        container = self._containers.get(_required(request, "container_id"))
-        await self._containers.stop(container, request.timeout)
+        container = self._containers.find(_required(request, "container_id"))
+        if container is not None:  # an unknown one has stopped: the call is idempotent (critest)
+            await self._containers.stop(container, request.timeout)
         return api.StopContainerResponse()
 
     async def RemoveContainer(
@@ -301,6 +302,14 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
 
     # Small steps
 
+    def _image_mounts(self, spec: ContainerSpec) -> tuple[ImageMount, ...]:
+        """What the container's image volumes show. Raises NotFound for an image that is not on this node."""
+        wanted = [(mount, self._images.resolve(mount.image)) for mount in spec.mounts if mount.image]
+        return tuple(
+            ImageMount(mount.container_path, image.id, self._images.layer_paths(image.id), mount.image_sub_path)
+            for mount, image in wanted
+        )
+
     def _listed_sandboxes(self, wanted: api.PodSandboxFilter) -> list[api.PodSandbox]:
         return [
             to_cri.sandbox(each.record) for each in self._sandboxes.all() if filters.sandbox_passes(each.record, wanted)
@@ -354,6 +363,11 @@ def _required(request: Message, field: str) -> str:
     if not value:
         raise InvalidArgument(f"{field}: empty")
     return value
+
+
+def _image_ref(image: Image) -> str:
+    """How a container's status names its image: by a digest that a registry knows, where there is one."""
+    return image.repo_digests[0] if image.repo_digests else image.id
 
 
 def _digest(request: Message) -> str:

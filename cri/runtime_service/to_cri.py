@@ -1,6 +1,6 @@
 """Our values → CRI messages. Pure."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from cri.api.runtime.v1 import api_pb2 as api
 from oci.container import ContainerRecord
@@ -90,7 +90,7 @@ def container(record: ContainerRecord) -> api.Container:
         pod_sandbox_id=record.sandbox_id,
         metadata=container_metadata(record),
         image=_image_spec(record),
-        image_ref=record.image_id,
+        image_ref=record.image_ref,
         image_id=record.image_id,
         state=container_state(record.state),
         created_at=_created_at(record),
@@ -110,13 +110,13 @@ def container_status(record: ContainerRecord) -> api.ContainerStatus:
         finished_at=status.finished_at or 0,
         exit_code=status.exit_code,
         image=_image_spec(record),
-        image_ref=record.image_id,
+        image_ref=record.image_ref,
         image_id=record.image_id,
         reason=status.reason,
         message=status.message,
         labels=record.spec.labels,
         annotations=record.spec.annotations,
-        mounts=[_mount(mount) for mount in record.spec.mounts],
+        mounts=[_mount(mount, dict(record.image_mounts)) for mount in record.spec.mounts],
         log_path=record.log_path,
         resources=api.ContainerResources(linux=resources(status.resources)),
         user=_user(record),
@@ -168,7 +168,7 @@ def _user(record: ContainerRecord) -> api.ContainerUser:
     )
 
 
-def _mount(mount: Mount) -> api.Mount:
+def _mount(mount: Mount, image_mounts: Mapping[str, str]) -> api.Mount:
     return api.Mount(
         container_path=mount.container_path,
         host_path=mount.host_path,
@@ -178,10 +178,15 @@ def _mount(mount: Mount) -> api.Mount:
         uidMappings=_id_mappings(mount.uid_mappings),
         gidMappings=_id_mappings(mount.gid_mappings),
         recursive_read_only=mount.recursive_read_only,
-        image=api.ImageSpec(image=mount.image) if mount.image else None,
+        image=_volume_image(mount, image_mounts) if mount.image else None,
         image_sub_path=mount.image_sub_path,
         mount_options=mount.options,
     )
+
+
+def _volume_image(mount: Mount, image_mounts: Mapping[str, str]) -> api.ImageSpec:
+    image_id = image_mounts.get(mount.container_path, "")
+    return api.ImageSpec(image=mount.image, user_specified_image=mount.image, image_ref=image_id)
 
 
 def _namespace_options(record: SandboxRecord) -> api.NamespaceOption:
