@@ -1,0 +1,71 @@
+"""Which namespaces a pod gets, and which sysctls it may set in them."""
+
+from pathlib import Path
+
+import pytest
+
+from oci.container_spec import NamespaceMode
+from oci.errors import InvalidArgument
+from sandbox.namespaces import normal_sysctls, pinned, wanted
+from sandbox.spec import SandboxSecurity, SandboxSpec
+
+
+def spec(sysctls: dict[str, str] | None = None, **modes: NamespaceMode) -> SandboxSpec:
+    return SandboxSpec("pod", "uid", "ns", sysctls=sysctls or {}, security=SandboxSecurity(**modes))
+
+
+NODE = NamespaceMode.NODE
+
+
+@pytest.mark.parametrize(
+    ("modes", "kinds"),
+    [
+        ({}, ("net", "uts", "ipc", "pid")),
+        ({"pid": NamespaceMode.CONTAINER}, ("net", "uts", "ipc")),
+        ({"network": NODE}, ("ipc", "pid")),
+        ({"network": NODE, "ipc": NODE, "pid": NODE}, ()),
+    ],
+)
+def test_a_pod_gets_the_namespaces_that_it_does_not_share_with_the_node(
+    modes: dict[str, NamespaceMode], kinds: tuple[str, ...]
+) -> None:
+    assert wanted(spec(**modes)) == kinds
+
+
+def test_the_pins_are_named_like_the_namespaces() -> None:
+    found = pinned(spec(pid=NamespaceMode.CONTAINER), Path("/run/ns"))
+
+    assert (found.net, found.ipc, found.uts, found.pid, found.user) == (
+        "/run/ns/net",
+        "/run/ns/ipc",
+        "/run/ns/uts",
+        "",
+        "",
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "normal"),
+    [
+        ("net.ipv4.ip_forward", "net.ipv4.ip_forward"),
+        ("net/ipv4/conf/eth0.1/forwarding", "net.ipv4.conf.eth0/1.forwarding"),
+        ("kernel.shm_rmid_forced", "kernel.shm_rmid_forced"),
+        ("fs.mqueue.msg_max", "fs.mqueue.msg_max"),
+    ],
+)
+def test_namespaced_sysctls_are_taken_with_either_separator(given: str, normal: str) -> None:
+    assert normal_sysctls(spec({given: " 1 "})) == {normal: "1"}
+
+
+@pytest.mark.parametrize("name", ["vm.swappiness", "kernel.panic", "fs.file-max", ""])
+def test_a_sysctl_of_the_whole_node_is_refused(name: str) -> None:
+    with pytest.raises(InvalidArgument, match="it would change the node"):
+        normal_sysctls(spec({name: "1"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "modes"), [("net.core.somaxconn", {"network": NODE}), ("kernel.msgmax", {"ipc": NODE})]
+)
+def test_a_sysctl_of_a_namespace_that_is_the_nodes_is_refused(name: str, modes: dict[str, NamespaceMode]) -> None:
+    with pytest.raises(InvalidArgument, match="namespace of the pod's own"):
+        normal_sysctls(spec({name: "1"}, **modes))
