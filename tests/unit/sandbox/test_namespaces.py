@@ -1,6 +1,8 @@
 """Which namespaces a pod gets, and which sysctls it may set in them."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +12,7 @@ from sandbox.namespaces import normal_sysctls, pinned, wanted
 from sandbox.spec import SandboxSecurity, SandboxSpec
 
 
-def spec(sysctls: dict[str, str] | None = None, **modes: NamespaceMode) -> SandboxSpec:
+def spec(sysctls: Any = None, **modes: Any) -> SandboxSpec:
     return SandboxSpec("pod", "uid", "ns", sysctls=sysctls or {}, security=SandboxSecurity(**modes))
 
 
@@ -27,7 +29,7 @@ NODE = NamespaceMode.NODE
     ],
 )
 def test_a_pod_gets_the_namespaces_that_it_does_not_share_with_the_node(
-    modes: dict[str, NamespaceMode], kinds: tuple[str, ...]
+    modes: Mapping[str, NamespaceMode], kinds: tuple[str, ...]
 ) -> None:
     assert wanted(spec(**modes)) == kinds
 
@@ -66,6 +68,6 @@ def test_a_sysctl_of_the_whole_node_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "modes"), [("net.core.somaxconn", {"network": NODE}), ("kernel.msgmax", {"ipc": NODE})]
 )
-def test_a_sysctl_of_a_namespace_that_is_the_nodes_is_refused(name: str, modes: dict[str, NamespaceMode]) -> None:
+def test_a_sysctl_of_a_namespace_that_is_the_nodes_is_refused(name: str, modes: Mapping[str, NamespaceMode]) -> None:
     with pytest.raises(InvalidArgument, match="namespace of the pod's own"):
         normal_sysctls(spec({name: "1"}, **modes))
