@@ -112,13 +112,14 @@ class Bar:
 
     def close(self) -> None:
         if self._shown:
-            self._terminal.write("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r")
+            self._terminal.write("\n")
             self._terminal.flush()
 
 
 def bar_line(progress: Progress, width: int, seconds: float) -> str:
     """What the bar shows after so many seconds, in at most `width` characters."""
-    done, total = progress.fetched_bytes, max(progress.total_bytes, progress.fetched_bytes)
+    total = max(progress.total_bytes, progress.fetched_bytes)
+    done = total if progress.phase == "done" else progress.fetched_bytes
     share = done / total if total else 0.0
     speed = size(int(done / max(seconds, 0.001)))
     layers = f"{progress.layers_done}/{progress.layers_total} layers"

@@ -18,6 +18,7 @@ from typing import Any
 
 QUEUED_LINES = 10_000
 FLUSH_TIMEOUT_S = 2.0
+OUR_LOGGERS = ("cri", "sandbox", "oci")
 
 _bound: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar("log_fields", default={})  # noqa: B039
 
@@ -46,7 +47,10 @@ def configure(level: str, form: str = "text", fd: int = 2) -> None:
     handler = _Writer(fd)
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     root.addHandler(handler)
-    root.setLevel(level.upper())
+    # Libraries tell much at debug level (gRPC several lines per call) that says nothing of pods.
+    root.setLevel(max(logging.INFO, logging.getLevelNamesMapping()[level.upper()]))
+    for name in OUR_LOGGERS:
+        logging.getLogger(name).setLevel(level.upper())
     logging.captureWarnings(True)
 
 

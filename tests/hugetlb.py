@@ -15,7 +15,8 @@ from pathlib import Path
 
 HIERARCHY = Path("/sys/fs/cgroup/hugetlb")
 UNIFIED = Path("/sys/fs/cgroup/unified/cgroup.controllers")
-LOCK = Path("/run/lock/crito-tests-hugetlb")
+USERS = Path("/run/lock/crito-tests-hugetlb")
+MUTEX = Path("/run/lock/crito-tests-hugetlb.mutex")
 LINGER_TIMEOUT_S = 3.0
 
 
@@ -25,24 +26,32 @@ def hugetlb_hierarchy() -> Iterator[None]:
     if os.geteuid() != 0 or not _is_needed():
         yield
         return
-    LOCK.parent.mkdir(parents=True, exist_ok=True)
-    with LOCK.open("a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not HIERARCHY.is_mount():
-            HIERARCHY.mkdir(exist_ok=True)
-            subprocess.run(["mount", "-t", "cgroup", "-o", "hugetlb", "cgroup", HIERARCHY], check=True)
-            lock.write("mounted by tests\n")
-            lock.flush()
-        fcntl.flock(lock, fcntl.LOCK_SH)
+    USERS.parent.mkdir(parents=True, exist_ok=True)
+    with USERS.open("a+") as users:
+        with _alone():
+            if not HIERARCHY.is_mount():
+                HIERARCHY.mkdir(exist_ok=True)
+                subprocess.run(["mount", "-t", "cgroup", "-o", "hugetlb", "cgroup", HIERARCHY], check=True)
+                users.write("mounted by tests\n")
+                users.flush()
+            fcntl.flock(users, fcntl.LOCK_SH)
         try:
             yield
         finally:
-            with contextlib.suppress(BlockingIOError):  # others still need it
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                lock.seek(0)
-                if lock.read():
+            with _alone(), contextlib.suppress(BlockingIOError):  # others still need it
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                users.seek(0)
+                if users.read():
                     _put_back()
-                    lock.truncate(0)
+                    users.truncate(0)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Only one run at a time mounts or unmounts; held for that long only."""
+    with MUTEX.open("a") as mutex:
+        fcntl.flock(mutex, fcntl.LOCK_EX)
+        yield
 
 
 def _is_needed() -> bool:
