@@ -214,7 +214,7 @@ class Connection:
             self._waiting.pop(request, None)
         if "error" in result:
             wire.close_all(received)
-            raise _error(result, verb, self._peer)
+            raise _error(result, verb)
         return result, received
 
     async def _send(self, data: bytes, fds: tuple[int, ...]) -> None:
@@ -282,9 +282,9 @@ class Connection:
         self.on_lost()
 
 
-def _error(answer: wire.Message, verb: str, peer: str) -> Error:
+def _error(answer: wire.Message, verb: str) -> Error:
     kinds: dict[str, type[Error]] = {"deadline": DeadlineExceeded, "precondition": FailedPrecondition}
-    return kinds.get(answer.get("kind", ""), Error)(f"{peer}, {verb}: {answer['error']}")
+    return kinds.get(answer.get("kind", ""), Error)(f"{verb}: {answer['error']}")
 
 
 @contextlib.contextmanager
@@ -450,11 +450,11 @@ class ForkServer:
         log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", str(main), str(self._run_dir), self._program),
+                *(sys.executable, "-I", "-S", "-OO", str(main), str(self._run_dir), self._program),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=log,
-                env={**DEFAULT_ENVIRONMENT, "LC_ALL": "C.UTF-8"},
+                env={**DEFAULT_ENVIRONMENT, "LC_ALL": "C.UTF-8", "LD_BIND_NOW": "1"},  # bound once, not per fork
                 start_new_session=True,
             )
         finally:

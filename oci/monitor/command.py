@@ -3,7 +3,7 @@
 import json
 import os
 
-from oci.monitor import wire
+from oci.monitor import kernel, wire
 from oci.monitor.processes import TreeKill, exit_code, spawn
 
 TYPE_CHECKING = False
@@ -34,7 +34,7 @@ class Command:
     ) -> None:
         """Raises OSError when the runtime's program cannot be started."""
         self._loop = loop
-        self._name = f"{os.path.basename(runtime[0])} {arguments[0]}"  # noqa: PTH119
+        self._name = f"{runtime[0].rpartition('/')[2]} {arguments[0]}"
         self._log_path = log_path
         self._done = done
         self._kill: TreeKill | None = None
@@ -73,10 +73,7 @@ class Command:
 
     def _remove_log(self) -> None:
         os.close(self._log_fd)
-        try:
-            os.unlink(self._log_path)  # noqa: PTH108
-        except FileNotFoundError:
-            return
+        kernel.unlink(self._log_path)
 
 
 def complaints(log: bytes) -> str:

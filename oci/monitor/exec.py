@@ -2,7 +2,7 @@
 
 import os
 
-from oci.monitor import processes
+from oci.monitor import kernel, processes
 from oci.monitor.command import Command
 from oci.monitor.stdio import Console
 
@@ -100,11 +100,10 @@ class Exec:
         master = self._console.take_master() if self._console is not None else -1
         if error is None:
             try:
-                with open(self._pid_file) as file:  # noqa: PTH123
-                    self.pid = int(file.read())
+                self.pid = int(kernel.read_file(self._pid_file))
             except (OSError, ValueError) as problem:
                 error = f"runtime exec gave no pid: {problem}"
-        _unlink(self._pid_file)
+        kernel.unlink(self._pid_file)
         if error is not None:
             self._cancel_timer()
             self._remove_cgroup()
@@ -133,8 +132,7 @@ class Exec:
     def _kill_cgroup(self) -> None:
         if self._cgroup:
             try:
-                with open(self._cgroup + "/cgroup.kill", "w") as file:  # noqa: PTH123
-                    file.write("1")
+                kernel.write_file(self._cgroup + "/cgroup.kill", "1")
             except OSError:
                 return  # before Linux 5.14
 
@@ -166,10 +164,3 @@ class Exec:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-
-def _unlink(path: str) -> None:
-    try:
-        os.unlink(path)  # noqa: PTH108
-    except FileNotFoundError:
-        return

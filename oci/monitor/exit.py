@@ -37,8 +37,7 @@ def cgroup_mounts(mountinfo: str) -> Mounts:
 
 def memberships(pid: int) -> list[tuple[str, str]]:
     """(controllers, path) for each line of /proc/PID/cgroup; ("", path) is v2."""
-    with open(f"/proc/{pid}/cgroup") as file:  # noqa: PTH123
-        lines = file.read().splitlines()
+    lines = kernel.read_file(f"/proc/{pid}/cgroup").splitlines()
     return [(controllers, path) for _, controllers, path in (line.split(":", 2) for line in lines)]
 
 
@@ -70,7 +69,7 @@ class Cgroup:
         self._last: dict[str, int] = {}
         groups, own = memberships(pid), memberships(os.getpid())
         unified = cgroup_directory(groups, UNIFIED, mounts)
-        self.is_unified = bool(unified) and os.path.exists(unified + "/memory.events")  # noqa: PTH110
+        self.is_unified = bool(unified) and os.access(unified + "/memory.events", os.R_OK)
         self.directory = unified if self.is_unified else cgroup_directory(groups, "memory", mounts)
         mine = cgroup_directory(own, UNIFIED if self.is_unified else "memory", mounts)
         self.is_own = bool(self.directory) and self.directory != mine and groups != own
@@ -128,8 +127,7 @@ class Cgroup:
 def _text(path: str) -> str:
     """A cgroup file's text; empty when the cgroup is gone, or the kernel has no such file."""
     try:
-        with open(path) as file:  # noqa: PTH123
-            return file.read()
+        return kernel.read_file(path)
     except OSError:
         return ""
 

@@ -1,19 +1,20 @@
 """The small process that makes pods and monitors by forking itself, and knows how their orphans ended."""
 
+import _socket as socket
 import gc
 import json
 import os
 import signal
-import socket
 import time
-import traceback
-from contextlib import suppress
 
+from oci.monitor import arena, kernel, pod, warm_up, wire, zygote
 from oci.monitor import exit as exits
-from oci.monitor import kernel, monitor, pod, wire
-from oci.monitor.log_file import LogFile, Stamper
-from oci.monitor.loop import READABLE, Loop
+from oci.monitor.loop import READABLE, Loop, catch_children
 from oci.monitor.processes import exit_code
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NAME = "crito-forks"
 SOCKET = "forkserver.sock"
@@ -25,24 +26,24 @@ POD_TIMEOUT_S = 30.0
 class ForkServer:
     """Serves the daemon until it is told to retire; then stays for its children until the last of them is gone."""
 
-    def __init__(self, loop: Loop, listener: socket.socket, run_dir: str, program: str) -> None:
+    def __init__(self, loop: Loop, listener: socket.socket, run_dir: str, program: str, mounts: exits.Mounts) -> None:
         self._loop = loop
         self._listener: socket.socket | None = listener
         self._run_dir = run_dir
         self._program = program
-        self._mounts = _cgroup_mounts()
+        self._mounts = mounts
         self._clients: list[socket.socket] = []
         self._orphans: list[str] = []
+        self._forking: list[Callable[[int], None]] = []
+        self._start_zygote()
         loop.on_stray = self._record_orphan
         loop.watch(listener.fileno(), READABLE, self._on_connect)
 
     def _on_connect(self, _events: int) -> None:
         assert self._listener is not None
-        try:
-            client, _ = self._listener.accept()
-        except BlockingIOError:
+        client = wire.accept(self._listener)
+        if client is None:
             return
-        client.setblocking(False)
         self._clients.append(client)
         self._loop.watch(client.fileno(), READABLE, lambda _events: self._on_message(client))
         hello = {"protocol": wire.PROTOCOL, "program": self._program, "pid": os.getpid()}
@@ -84,7 +85,7 @@ class ForkServer:
         try:
             self._serve(client, request, message, named)
         except Exception as error:
-            traceback.print_exc()
+            kernel.report_exception()
             self._tell(client, {"id": request, "error": f"{message.get('verb')}: {type(error).__name__}: {error}"})
         finally:
             wire.close_all(list(named.values()))
@@ -92,35 +93,74 @@ class ForkServer:
     def _serve(self, client: socket.socket, request: int, message: wire.Message, fds: dict[str, int]) -> None:
         verb = message.get("verb")
         if verb == "make_pod":
-            self._make_pod(client, request, message)
+            self._make_pod(client, request, message["pod"])
         elif verb == "monitor":
             self._fork_monitor(client, request, message["config"], fds["listener"])
         elif verb == "status":
-            self._tell(client, {"id": request, "children": _children()})
+            self._tell(client, {"id": request, "children": self._children()})
         elif verb == "retire":
             self._retire(client, request)
         else:
             self._tell(client, {"id": request, "error": f"unknown verb {verb!r}"})
 
-    # Pods
+    # Forking, by way of the zygote
 
-    def _make_pod(self, client: socket.socket, request: int, message: wire.Message) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        maker = os.fork()
-        if maker == 0:
-            _be_maker(message["pod"], theirs)
+    def _start_zygote(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            zygote.run(theirs.fileno(), self._mounts)
         theirs.close()
-        self._loop.on_exit(maker, lambda _status: None)
-        timer = self._loop.after(POD_TIMEOUT_S, lambda: os.kill(maker, signal.SIGKILL))
+        ours.setblocking(False)
+        self._zygote = ours
+        self._zygote_pid = pid
+        self._loop.watch(ours.fileno(), READABLE, self._on_forked)
+        self._loop.on_exit(pid, self._zygote_ended)
+
+    def _fork(self, message: wire.Message, fd: int, forked: "Callable[[int], None]") -> None:
+        """Let the zygote make a process that does as `message` says; `forked` gets its pid, 0 if there is none."""
+        wire.send(self._zygote, message, (fd,))
+        self._forking.append(forked)
+
+    def _on_forked(self, _events: int) -> None:
+        try:
+            pid = int(self._zygote.recv(16) or 0)
+        except BlockingIOError:
+            return
+        if not pid:  # it is dead; its end is told by SIGCHLD as well
+            self._loop.forget(self._zygote.fileno())
+            return
+        self._loop.on_exit(pid, lambda _status: None)
+        self._forking.pop(0)(pid)
+
+    def _zygote_ended(self, _status: int) -> None:
+        if self._listener is None:
+            return
+        self._loop.forget(self._zygote.fileno())
+        self._zygote.close()
+        waiting, self._forking = self._forking, []
+        self._start_zygote()
+        for forked in waiting:
+            forked(0)
+
+    def _make_pod(self, client: socket.socket, request: int, asked: wire.Message) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        makers: list[int] = []
+        timer = self._loop.after(POD_TIMEOUT_S, lambda: _kill(makers))
 
         def answer(_events: int) -> None:
             timer.cancel()
             result, _ = wire.receive(ours)
             self._loop.forget(ours.fileno())
             ours.close()
-            self._pod_made(client, request, message["pod"], result)
+            self._pod_made(client, request, asked, result)
 
         self._loop.watch(ours.fileno(), READABLE, answer)
+        try:
+            self._fork({"be": "maker", "pod": asked}, theirs.fileno(), makers.append)
+        finally:
+            theirs.close()
 
     def _pod_made(self, client: socket.socket, request: int, asked: wire.Message, result: wire.Message | None) -> None:
         if result is None:
@@ -129,19 +169,17 @@ class ForkServer:
         elif "error" not in result and result["pid"]:
             self._loop.on_exit(result["pid"], lambda _status: None)
         if not self._tell(client, {"id": request, **result}) and "error" not in result:
-            if result["pid"]:
-                os.kill(result["pid"], signal.SIGKILL)
+            _kill([result["pid"]])
             pod.remove_pins(asked["pin_dir"])
 
-    # Monitors
-
     def _fork_monitor(self, client: socket.socket, request: int, config: wire.Message, listener: int) -> None:
-        child = os.fork()
-        if child == 0:
-            _forget_parent()
-            monitor.run(listener, config, self._mounts)
-        self._loop.on_exit(child, lambda _status: None)
-        self._tell(client, {"id": request, "pid": child, "start_time": kernel.start_time(child)})
+        def forked(pid: int) -> None:
+            if pid:
+                self._tell(client, {"id": request, "pid": pid})
+            else:
+                self._tell(client, {"id": request, "error": "the process that forks monitors died"})
+
+        self._fork({"be": "monitor", "config": config}, listener, forked)
 
     # Orphans: children of a monitor that died. Their exit would be lost otherwise.
 
@@ -153,13 +191,16 @@ class ForkServer:
         try:
             kernel.write_record(f"{self._run_dir}/{ORPHANS}", name, json.dumps(record))
         except OSError:
-            traceback.print_exc()
+            kernel.report_exception()
         self._orphans.append(name)
         if len(self._orphans) > ORPHANS_KEPT:
-            try:
-                os.unlink(f"{self._run_dir}/{ORPHANS}/{self._orphans.pop(0)}")  # noqa: PTH108
-            except OSError:
-                return  # the daemon has taken it
+            kernel.unlink(f"{self._run_dir}/{ORPHANS}/{self._orphans.pop(0)}")
+
+    def _children(self) -> list[int]:
+        """Those alive, the zygote aside."""
+        own, stats = os.getpid(), kernel.processes()
+        pids = [stat.pid for stat in stats if stat.parent == own and stat.state not in "ZX"]
+        return [pid for pid in pids if pid != self._zygote_pid]
 
     # The end
 
@@ -169,9 +210,14 @@ class ForkServer:
             self._loop.forget(self._listener.fileno())
             self._listener.close()
             self._listener = None
-            with suppress(FileNotFoundError):
-                os.unlink(f"{self._run_dir}/{SOCKET}")  # noqa: PTH108
-        self._tell(client, {"id": request, "children": _children()})
+            kernel.unlink(f"{self._run_dir}/{SOCKET}")
+        if self._forking:  # let it finish what is under way
+            self._loop.after(0.01, lambda: self._retire(client, request))
+            return
+        if self._zygote.fileno() >= 0:
+            self._loop.forget(self._zygote.fileno())
+            self._zygote.close()
+        self._tell(client, {"id": request, "children": self._children()})
         self._end_if_alone()
 
     def _end_if_alone(self) -> None:
@@ -179,11 +225,6 @@ class ForkServer:
             self._loop.after(0.2, self._end_if_alone)
         else:
             self._loop.stop()
-
-
-def _children() -> list[int]:
-    own = os.getpid()
-    return [stat.pid for stat in kernel.processes() if stat.parent == own and stat.state not in "ZX"]
 
 
 def _has_children() -> bool:
@@ -194,47 +235,18 @@ def _has_children() -> bool:
     return True
 
 
-def _forget_parent() -> None:
-    """In a new child: the parent's signals are not ours. Its fds are closed by number, its objects never touched."""
-    signal.set_wakeup_fd(-1)
-    gc.enable()  # what the parent had is frozen, so its pages stay shared
-
-
-def _be_maker(asked: wire.Message, reply: socket.socket) -> None:
-    _forget_parent()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    reply.setblocking(True)
-    kernel.close_all_fds_but((reply.fileno(),))
-    pod.make(asked, reply)
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        if pid:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
 
 
 def _cgroup_mounts() -> exits.Mounts:
-    with open("/proc/self/mountinfo") as file:  # noqa: PTH123
+    with open("/proc/self/mountinfo", errors="surrogateescape") as file:  # noqa: PTH123
         return exits.cgroup_mounts(file.read())
-
-
-def _warm_up(loop: Loop) -> None:
-    """Run what every monitor runs, so that caches, inline caches and arenas are filled before the forks share them."""
-    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    null = os.open(os.devnull, os.O_RDONLY)
-    log = LogFile(os.devnull, 0, lambda text: None)
-    stamper = Stamper(b"stdout")
-    for number in range(40):
-        wire.send(here, {"id": number, "verb": "status", "fds": ["one"]}, (null,))
-        message, fds = wire.receive(there)
-        assert message is not None
-        wire.close_all(list(wire.named_fds(message, fds).values()))
-        log.write(stamper.feed(b"a line\nand a part", time.time_ns()))
-        log.write(stamper.flush(time.time_ns()))
-        log.write(stamper.finish(time.time_ns()))
-        loop.after(0.0, lambda: None)
-        loop.turn()
-    kernel.start_time(os.getpid())
-    exits.memberships(os.getpid())
-    log.close()
-    os.close(null)
-    here.close()
-    there.close()
 
 
 def _listen(run_dir: str) -> socket.socket:
@@ -267,14 +279,16 @@ def main(arguments: list[str]) -> None:
     os.umask(0o022)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
+    catch_children()
     kernel.set_name(NAME)
     kernel.set_child_subreaper()
     kernel.keep_heap_small()
-    loop = Loop()
-    _server = ForkServer(loop, listener, run_dir, program)
-    _warm_up(loop)
-    gc.collect()
+    mounts = _cgroup_mounts()
+    warm_up.live_once(run_dir, mounts)
+    arena.fill_holes()
     gc.freeze()
     gc.disable()
     kernel.trim_heap()
+    loop = Loop()
+    _server = ForkServer(loop, listener, run_dir, program, mounts)
     loop.run()

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
@@ -21,7 +22,6 @@ MS_PRIVATE = 0x40000
 MNT_DETACH = 0x2
 UMOUNT_NOFOLLOW = 0x8
 
-_PR_SET_NAME = 15
 _PR_CAPBSET_DROP = 24
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
@@ -33,7 +33,7 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
+_prctl = _libc.prctl  # called with small integers only, which need no conversion
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 
 
@@ -62,25 +62,24 @@ def pivot_root(new_root: str, put_old: str) -> None:
 
 
 def set_name(name: str) -> None:
-    """The process's name as `ps` and /proc/PID/comm show it; 15 bytes are kept."""
-    buffer = ctypes.create_string_buffer(name.encode())
-    _check(_libc.prctl(_PR_SET_NAME, ctypes.addressof(buffer), 0, 0, 0))
+    """The process's name as `ps` shows it; 15 bytes are kept."""
+    write_file("/proc/self/comm", name)
 
 
 def set_child_subreaper() -> None:
-    _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def set_no_new_privs() -> None:
-    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    _check(_prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 
 def drop_capabilities() -> None:
     """Give up every capability for good: the bounding set first, which needs CAP_SETPCAP, then all others."""
     for capability in range(64):
-        if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) == -1:
+        if _prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) == -1:
             break  # EINVAL: past the kernel's last one
-    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
     _check(_libc.capset(header, (ctypes.c_uint32 * 6)()))
 
@@ -103,10 +102,10 @@ class ProcessStat:
 
     __slots__ = ("parent", "pid", "session", "start_time", "state")
 
-    def __init__(self, pid: int, text: bytes) -> None:
-        fields = text[text.rindex(b")") + 2 :].split(None, 20)  # the name in parentheses may hold anything
+    def __init__(self, pid: int, text: str) -> None:
+        fields = text[text.rindex(")") + 2 :].split(None, 20)  # the name in parentheses may hold anything
         self.pid = pid
-        self.state = fields[0].decode()
+        self.state = fields[0]
         self.parent = int(fields[1])
         self.session = int(fields[3])
         self.start_time = int(fields[19])
@@ -115,15 +114,9 @@ class ProcessStat:
 def process_stat(pid: int) -> ProcessStat | None:
     """None when there is no such process; a zombie still has one."""
     try:
-        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        return ProcessStat(pid, read_file(f"/proc/{pid}/stat"))
     except (FileNotFoundError, ProcessLookupError):
         return None
-    try:
-        return ProcessStat(pid, os.read(fd, 2048))
-    except ProcessLookupError:
-        return None
-    finally:
-        os.close(fd)
 
 
 def start_time(pid: int) -> int:
@@ -138,6 +131,15 @@ def processes() -> list[ProcessStat]:
     return [stat for stat in found if stat is not None]
 
 
+def read_file(path: str) -> str:
+    """The text of a small file, at most 16 KiB."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 16384).decode("utf-8", "surrogateescape")
+    finally:
+        os.close(fd)
+
+
 def set_oom_score_adj(pid: int, value: int) -> None:
     """Set it, or leave it where the kernel wants CAP_SYS_RESOURCE: a lower score is a wish, not a need."""
     try:
@@ -146,11 +148,19 @@ def set_oom_score_adj(pid: int, value: int) -> None:
         return
 
 
+def unlink(path: str) -> None:
+    """Remove a file; one that is gone already is fine."""
+    try:
+        os.unlink(path)  # noqa: PTH108
+    except FileNotFoundError:
+        return
+
+
 def write_file(path: str, text: str) -> None:
     """One write(2) to a file that is there already: what procfs, sysctl and cgroup files want."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        os.write(fd, os.fsencode(text))
+        os.write(fd, text.encode("utf-8", "surrogateescape"))
     finally:
         os.close(fd)
 
@@ -166,12 +176,11 @@ def write_record(directory: str, name: str, text: str) -> None:
     os.rename(temporary, f"{directory}/{name}")  # noqa: PTH104
 
 
-def close_all_fds_but(kept: tuple[int, ...]) -> None:
-    """Close every fd of this process except 0, 1, 2 and `kept`."""
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
-        fd = int(name)
-        if fd > 2 and fd not in kept:
-            try:
-                os.close(fd)
-            except OSError:
-                continue  # the listing's own fd
+def report_exception() -> None:
+    """The exception being handled, on stderr; in C, where the traceback module would bring a dozen others."""
+    sys.__excepthook__(*sys.exc_info())
+
+
+def close_fds_from(first: int) -> None:
+    """Close every fd from `first` on: one close_range(2), where the libc has it. The fork server has few."""
+    os.closerange(first, 4096)

@@ -44,7 +44,6 @@ class Loop:
         self._stopped = False
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, _woken)
         self.watch(self._wake_read, READABLE, self._on_signal)
 
     def close(self) -> None:
@@ -140,6 +139,11 @@ def wait_status(found: os.waitid_result) -> int:
         return found.si_status << 8
     core = 0x80 if found.si_code == os.CLD_DUMPED else 0
     return found.si_status | core
+
+
+def catch_children() -> None:
+    """Once per program, before its first loop; forked processes inherit it."""
+    signal.signal(signal.SIGCHLD, _woken)
 
 
 def _woken(_number: int, _frame: object) -> None:

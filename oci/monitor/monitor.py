@@ -1,12 +1,10 @@
 """One container's monitor: its stdio, its log, its processes and its exit, at the command of whoever connects."""
 
+import _socket as socket
 import errno
 import os
-import signal
-import socket
 import sys
 import time
-import traceback
 
 from oci.monitor import exit as exits
 from oci.monitor import kernel, wire
@@ -93,6 +91,7 @@ class Monitor:
         self._stdio: Stdio | None = None
         self._record: wire.Message | None = None
         self._ending = False
+        self.has_ended = False
         loop.on_stray = self._stray
         loop.watch(listener.fileno(), READABLE, self._on_connect)
         loop.after(UNUSED_S, self._end_if_unused)
@@ -100,11 +99,9 @@ class Monitor:
     # Clients
 
     def _on_connect(self, _events: int) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except BlockingIOError:
+        sock = wire.accept(self._listener)
+        if sock is None:
             return
-        sock.setblocking(False)
         client = Client(self._loop, sock, self._client_gone)
         self._clients.append(client)
         self._loop.watch(sock.fileno(), READABLE, lambda _events: self._on_message(client))
@@ -144,7 +141,7 @@ class Monitor:
         except Refusal as refusal:
             client.refuse(request, str(refusal), "precondition")
         except Exception as error:
-            traceback.print_exc()
+            kernel.report_exception()
             client.refuse(request, f"{message.get('verb')}: {type(error).__name__}: {error}")
         finally:
             wire.close_all(list(named.values()))
@@ -243,8 +240,7 @@ class Monitor:
     def _adopt(self, pid_file: str) -> str | None:
         """Take the container's init, now our child: its pid, start time and cgroups. What is wrong, if anything."""
         try:
-            with open(pid_file) as file:  # noqa: PTH123
-                pid = int(file.read())
+            pid = int(kernel.read_file(pid_file))
             self._start_time = kernel.start_time(pid)
             self._groups = exits.memberships(pid)
             self._cgroup = exits.Cgroup(self._loop, pid, self._mounts)
@@ -484,7 +480,21 @@ class Monitor:
         client.tell({"id": request, **self._facts()})
 
     def _end(self) -> None:
+        self.has_ended = True
         self._loop.stop()
+
+    def close(self) -> None:
+        """Let go of everything, for a process that lives on."""
+        for client in list(self._clients):
+            client.close()
+        self._loop.forget(self._listener.fileno())
+        if self._stdio is not None:
+            self._stdio.close()
+        if self._log is not None:
+            self._log.close()
+        if self._cgroup is not None:
+            self._cgroup.close()
+        os.close(self._directory_fd)
 
 
 def _complain(text: str) -> None:
@@ -509,22 +519,21 @@ _VERBS: "dict[str, Callable[[Monitor, Client, int, wire.Message, dict[str, int]]
 def run(listener_fd: int, config: wire.Message, mounts: exits.Mounts) -> "NoReturn":
     """Be the monitor from here on; for a process just forked, whose other fds are of no concern to it."""
     try:
-        os.dup2(listener_fd, LISTENER, inheritable=False)
-        kernel.close_all_fds_but((LISTENER,))
+        if listener_fd != LISTENER:
+            os.dup2(listener_fd, LISTENER, inheritable=False)
+        kernel.close_fds_from(LISTENER + 1)
         os.setsid()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_IGN)
         kernel.set_name(NAME)
         kernel.set_child_subreaper()
         for path in config.get("cgroup_procs", []):
             kernel.write_file(path, "0")
-        listener = socket.socket(fileno=LISTENER)
-        listener.setblocking(False)
+        os.set_blocking(LISTENER, False)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK, 0, LISTENER)
         loop = Loop()
         Monitor(loop, listener, config, mounts)
         loop.run()
     except BaseException:
-        traceback.print_exc()
+        kernel.report_exception()
         sys.stderr.flush()
         os._exit(1)
     os._exit(0)

@@ -5,22 +5,21 @@ privileges (id maps, pins, cgroups); the maker forks the pod's process, which un
 With a PID namespace of its own that one forks once more, since only children are in the new one.
 """
 
+import _socket as socket
 import fcntl
 import os
 import signal
-import socket
 import struct
-from contextlib import contextmanager, suppress
 
 from oci.monitor import kernel, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import NoReturn
 
 NAME = "pause"
 RECORD = "pause.json"
+CHANNEL = 3  # the fd number that leads to whoever forked us
 FLAGS = {
     "net": kernel.CLONE_NEWNET,
     "ipc": kernel.CLONE_NEWIPC,
@@ -47,20 +46,28 @@ class PodError(Exception):
     """A step that failed, with what was seen."""
 
 
-@contextmanager
-def step(name: str) -> "Iterator[None]":
-    try:
-        yield
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename and str(error.filename) not in name else ""
-        raise PodError(f"{name}: {error.strerror or error}{where}") from error
+class step:  # noqa: N801: reads like a statement
+    """`with step("what is done"):` turns an OSError into a PodError that says so."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, OSError):
+            name = self._name
+            where = f" ({error.filename})" if error.filename and str(error.filename) not in name else ""
+            raise PodError(f"{name}: {error.strerror or error}{where}") from error
 
 
 # The maker
 
 
-def make(request: wire.Message, reply: socket.socket) -> "NoReturn":
-    """Be the maker: make the pod, answer on `reply`, end. If nobody hears the answer, nothing stays."""
+def make(request: wire.Message, reply_fd: int) -> "NoReturn":
+    """Be the maker: make the pod, answer on `reply_fd`, end. If nobody hears the answer, nothing stays."""
+    reply = take_channel(reply_fd)
     maker = Maker(request)
     try:
         wire.send(reply, maker.run())
@@ -72,6 +79,15 @@ def make(request: wire.Message, reply: socket.socket) -> "NoReturn":
         except OSError:
             os._exit(1)
     os._exit(0)
+
+
+def take_channel(fd: int) -> socket.socket:
+    """After a fork: the one connection to keep; everything else above stderr is closed."""
+    if fd != CHANNEL:
+        os.dup2(fd, CHANNEL, inheritable=False)
+    kernel.close_fds_from(CHANNEL + 1)
+    os.set_blocking(CHANNEL, True)
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, CHANNEL)
 
 
 class Maker:
@@ -105,12 +121,13 @@ class Maker:
         if last is not None:
             raise PodError(last["error"])
         if not self._keep:
-            os.waitpid(child, 0)
             return {"pid": 0, "start_time": 0}
         return {"pid": self._pid, "start_time": started}
 
     def _let_it_set_up(self, sock: socket.socket, child: int) -> None:
-        while True:
+        # With a PID namespace two processes speak here: the second's "ready" may overtake the first's "forked".
+        forking, ready = "pid" in self._namespaces, False
+        while forking or not ready:
             message, _ = wire.receive(sock)
             if message is None:
                 raise PodError("the pod's process died while it set itself up")
@@ -122,8 +139,9 @@ class Maker:
             elif "forked" in message:
                 self._pid = message["forked"]
                 os.waitpid(child, 0)
+                forking = False
             elif "ready" in message:
-                return
+                ready = True
 
     def _write_id_maps(self, pid: int) -> None:
         for name in ("uid", "gid"):
@@ -154,8 +172,10 @@ class Maker:
 
     def undo(self) -> None:
         if self._pid:
-            with suppress(ProcessLookupError):
+            try:
                 os.kill(self._pid, signal.SIGKILL)
+            except ProcessLookupError:
+                self._pid = 0
         remove_pins(self._pin_dir)
 
 
@@ -168,10 +188,7 @@ def remove_pins(pin_dir: str) -> None:
                 kernel.umount2(target, kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)
         except OSError:
             pass  # EINVAL: not a mount (any more); ENOENT: no such pin
-        try:
-            os.unlink(target)  # noqa: PTH108
-        except FileNotFoundError:
-            continue
+        kernel.unlink(target)
     try:
         os.rmdir(pin_dir)  # noqa: PTH106
     except FileNotFoundError:
@@ -188,8 +205,9 @@ class PodProcess:
         self._sock = sock
 
     def run(self) -> "NoReturn":
-        kernel.close_all_fds_but((self._sock.fileno(),))
+        self._sock = take_channel(self._sock.detach())
         try:
+            kernel.set_name(NAME)  # by way of /proc, which it has only now
             self._enter()
             self._set_up()
             keep = self._request["keep_process"]
@@ -281,7 +299,6 @@ class PodProcess:
         if program >= 0:
             os.dup2(0, 2)  # the null device; the exec closes everything else
             os.execve(program, [NAME, "-P"], {})
-        kernel.set_name(NAME)
         os.dup2(0, 2)
         self._sock.close()
         sleep_and_reap()
@@ -294,10 +311,11 @@ def sysctl_path(name: str) -> str:
 
 
 def bring_up(interface: str) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        request = fcntl.ioctl(sock, _SIOCGIFFLAGS, struct.pack("16sh22x", interface.encode(), 0))
-        (flags,) = struct.unpack_from("h", request, 16)
-        fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sh22x", interface.encode(), flags | _IFF_UP))
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    request = fcntl.ioctl(sock.fileno(), _SIOCGIFFLAGS, struct.pack("16sh22x", interface.encode(), 0))
+    (flags,) = struct.unpack_from("h", request, 16)
+    fcntl.ioctl(sock.fileno(), _SIOCSIFFLAGS, struct.pack("16sh22x", interface.encode(), flags | _IFF_UP))
+    sock.close()
 
 
 def sleep_and_reap() -> "NoReturn":

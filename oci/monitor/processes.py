@@ -24,11 +24,9 @@ class OomScore:
     """This process's own oom_score_adj, which the programs that it starts shall not inherit."""
 
     def __init__(self, wanted: int) -> None:
-        with open("/proc/self/oom_score_adj") as file:  # noqa: PTH123
-            self._inherited = int(file.read())
+        self._inherited = int(kernel.read_file("/proc/self/oom_score_adj"))
         kernel.set_oom_score_adj(os.getpid(), wanted)
-        with open("/proc/self/oom_score_adj") as file:  # noqa: PTH123
-            self._own = int(file.read())
+        self._own = int(kernel.read_file("/proc/self/oom_score_adj"))
 
     def __enter__(self) -> None:
         if self._own != self._inherited:

@@ -1,15 +1,14 @@
 """The container's standard streams: its pipes or its terminal, read into the log and out to attached clients."""
 
+import _socket as socket
 import errno
 import fcntl
 import os
-import socket
 import struct
 import termios
 import time
-from contextlib import suppress
 
-from oci.monitor import kernel
+from oci.monitor import kernel, wire
 from oci.monitor.attach import Stdin
 from oci.monitor.log_file import LogFile, Stamper
 from oci.monitor.loop import READABLE
@@ -142,13 +141,17 @@ class Console:
         loop.watch(self._listener.fileno(), READABLE, self._on_connect)
 
     def _on_connect(self, _events: int) -> None:
-        self._peer, _ = self._listener.accept()
-        self._peer.setblocking(False)
+        self._peer = wire.accept(self._listener)
+        if self._peer is None:
+            return
         self._loop.watch(self._peer.fileno(), READABLE, self._on_message)
 
     def _on_message(self, _events: int) -> None:
         assert self._peer is not None
-        _, ancillary, _, _ = self._peer.recvmsg(4096, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+        try:
+            _, ancillary, _, _ = self._peer.recvmsg(4096, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return
         for _, kind, content in ancillary:
             if kind == socket.SCM_RIGHTS and self.master < 0:
                 self.master = struct.unpack("i", content[:4])[0]
@@ -158,13 +161,10 @@ class Console:
 
     def take_master(self) -> int:
         """The master, now the caller's; -1 if none came. Closes the socket."""
-        if self.master < 0:  # it was sent before the runtime ended, so it is here by now
-            if self._peer is None:
-                with suppress(BlockingIOError):
-                    self._on_connect(0)
-            if self._peer is not None:
-                with suppress(BlockingIOError):
-                    self._on_message(0)
+        if self.master < 0 and self._peer is None:  # it was sent before the runtime ended, so it is here by now
+            self._on_connect(0)
+        if self.master < 0 and self._peer is not None:
+            self._on_message(0)
         master, self.master = self.master, -1
         self.close()
         return master
