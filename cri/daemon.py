@@ -15,12 +15,14 @@ Directories, below `root` and `run_dir` of the configuration:
 import asyncio
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ from oci.clock import Clock
 from oci.container import ContainerRecord
 from oci.container_spec import ContainerId
 from oci.containers import Containers, ContainerSettings
-from oci.errors import Error, FailedPrecondition
+from oci.errors import Error, FailedPrecondition, InvalidArgument
 from oci.events import Bus, Event, EventKind
 from oci.handlers import Handler, Handlers
 from oci.image_volumes import ImageVolumes
@@ -50,6 +52,7 @@ from oci.linux.systemd import Systemd
 from oci.monitor_client import ForkServer
 from oci.rootfs import Rootfs
 from oci.runtime import Runtime
+from oci.spec import Defaults
 from oci.state import Database, Records
 from oci.status import REASON_OOM_KILLED
 from oci.version import VERSION
@@ -310,6 +313,7 @@ async def _build(config: Config, stack: contextlib.AsyncExitStack) -> Daemon:
         config.network.default_network,
         state_dir=root / "cni",
         timeout_s=config.network.timeout,
+        max_conf_num=config.network.max_conf_num,
     )
     await network.start()
     stack.push_async_callback(network.close)
@@ -323,6 +327,7 @@ async def _build(config: Config, stack: contextlib.AsyncExitStack) -> Daemon:
             cgroup_driver=driver,
             create_timeout_s=config.runtime.container_create_timeout,
             log_max_bytes=config.runtime.log_size_max,
+            defaults=_defaults(config),
         ),
         Records(database, "containers", ContainerRecord),
         handlers,
@@ -395,6 +400,8 @@ async def _handlers(config: Config, here: node.Node) -> Handlers:
         except Error as error:
             _log.warning("runtime handler %s does not tell its features: %s", name, error)
             continue
+        if settings.container_min_memory:
+            features = replace(features, min_memory_bytes=settings.container_min_memory)
         built.append(
             Handler(
                 name,
@@ -407,6 +414,21 @@ async def _handlers(config: Config, here: node.Node) -> Handlers:
         )
     usable = {handler.name: handler.runtime for handler in built}
     return Handlers(built, await default_handler(config, usable))
+
+
+def _defaults(config: Config) -> Defaults:
+    """What containers get by configuration. Raises InvalidArgument for a seccomp profile that cannot be read."""
+    runtime = config.runtime
+    profile = runtime.seccomp_profile
+    try:
+        seccomp = json.loads(profile.read_bytes()) if profile else None
+        limits = [
+            node.permitted(node.Rlimit(f"RLIMIT_{limit.name.upper()}", limit.soft, limit.hard))
+            for limit in runtime.default_ulimits
+        ]
+    except (OSError, ValueError) as error:
+        raise InvalidArgument(f"runtime.seccomp_profile {profile} or runtime.default_ulimits: {error}") from error
+    return Defaults(runtime.default_capabilities, runtime.default_env, tuple(limits), seccomp)
 
 
 def _driver(config: Config) -> cgroup.Driver:

@@ -150,7 +150,7 @@ class ContainerSpec:
     command: tuple[str, ...] = ()  # over the image's entrypoint
     args: tuple[str, ...] = ()  # over the image's cmd
     working_dir: str = ""
-    envs: tuple[tuple[str, str], ...] = ()  # values may hold any byte, by surrogateescape
+    envs: tuple[tuple[str, str], ...] = ()
     mounts: tuple[Mount, ...] = ()
     devices: tuple[Device, ...] = ()
     cdi_devices: tuple[str, ...] = ()

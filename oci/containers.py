@@ -84,6 +84,7 @@ class ContainerSettings:
     cgroup_driver: cgroup.Driver
     create_timeout_s: float
     log_max_bytes: int  # 0 is unlimited
+    defaults: spec.Defaults
 
 
 class Containers:
@@ -269,6 +270,7 @@ class Containers:
             ),
             host=found,
             features=handler.features,
+            defaults=self._settings.defaults,
         )
         self._bundles.write(id, config)
         if record.log_path:
@@ -580,7 +582,8 @@ class Containers:
         await self._records.put(container.id, container.record)
 
     def _publish(self, kind: EventKind, container: Container) -> None:
-        self._events.publish(Event(kind, container.id, container.record.sandbox_id, self._clock.now()))
+        record = container.record
+        self._events.publish(Event(kind, record.id, record.sandbox_id, self._clock.now(), record))
 
     async def _pooled(self, leaf: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._mounts, leaf, *arguments)

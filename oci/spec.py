@@ -24,7 +24,7 @@ from oci.host import HostObjects
 from oci.image import ImageConfig
 from oci.linux import caps, cgroup, lsm, seccomp
 from oci.linux.devices import DeviceNode
-from oci.linux.node import Node
+from oci.linux.node import DEFAULT_RLIMITS, Node, Rlimit
 from oci.linux.passwd import User
 
 OCI_VERSION = "1.0.2"  # of what is always written; runtimes refuse newer ones that they do not know
@@ -62,6 +62,16 @@ class RuntimeFeatures:
 
 
 @dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a container gets that asks for nothing else."""
+
+    capabilities: tuple[str, ...] = caps.DEFAULT
+    env: tuple[tuple[str, str], ...] = ()  # under the image's and the pod's
+    rlimits: tuple[Rlimit, ...] = DEFAULT_RLIMITS  # as far as this process may hand them on
+    seccomp: Mapping[str, Any] | None = None  # the profile RuntimeDefault; None is the built-in one
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     """Where one container finds what others have made for it."""
 
@@ -85,9 +95,10 @@ def build(
     placement: Placement,
     host: HostObjects,
     features: RuntimeFeatures,
+    defaults: Defaults = Defaults(),
 ) -> dict[str, Any]:
     """config.json of the container. Raises InvalidArgument, FailedPrecondition with the field and its value."""
-    process = _process(spec, image, pod, node, placement)
+    process = _process(spec, image, pod, node, placement, defaults)
     mounts, propagation = _mounts(spec, pod, placement, host, features)
     linux: dict[str, Any] = {
         "namespaces": _namespaces(spec, pod, node, placement),
@@ -106,7 +117,7 @@ def build(
             linux["maskedPaths"] = _union(spec.security.masked_paths, _MASKED)
         if spec.security.readonly_paths:
             linux["readonlyPaths"] = _union(spec.security.readonly_paths, _READONLY)
-        filter = _seccomp(spec, node, host, process["capabilities"]["bounding"])
+        filter = _seccomp(spec, node, host, process["capabilities"]["bounding"], defaults)
         if filter is not None:
             linux["seccomp"] = filter
     if node.has_selinux:
@@ -163,18 +174,22 @@ def update_resources(wanted: Resources, node: Node, features: RuntimeFeatures | 
 
 
 def _process(
-    spec: ContainerSpec, image: ImageConfig, pod: PodEnvironment, node: Node, placement: Placement
+    spec: ContainerSpec,
+    image: ImageConfig,
+    pod: PodEnvironment,
+    node: Node,
+    placement: Placement,
+    defaults: Defaults,
 ) -> dict[str, Any]:
     user = placement.user
-    soft, hard = node.nofile
     process: dict[str, Any] = {
         "terminal": spec.tty,
         "user": {"uid": user.uid, "gid": user.gid, "additionalGids": list(user.additional_gids)},
         "args": arguments(spec, image),
-        "env": _environment(spec, image, pod, user),
+        "env": _environment(spec, image, pod, user, defaults),
         "cwd": working_directory(spec, image),
-        "capabilities": _capabilities(spec, node),
-        "rlimits": [{"type": "RLIMIT_NOFILE", "soft": soft, "hard": hard}],
+        "capabilities": _capabilities(spec, node, defaults),
+        "rlimits": [_rlimit(limit) for limit in defaults.rlimits],
         "noNewPrivileges": spec.security.no_new_privs,
         "oomScoreAdj": _oom_score_adj(spec.resources, node),
     }
@@ -186,8 +201,17 @@ def _process(
     return process
 
 
-def _environment(spec: ContainerSpec, image: ImageConfig, pod: PodEnvironment, user: User) -> list[str]:
-    environment = {"PATH": _PATH}
+def _rlimit(limit: Rlimit) -> dict[str, Any]:
+    """The runtime-spec's numbers are unsigned: RLIM_INFINITY is the greatest of them."""
+    infinity = (1 << 64) - 1
+    soft, hard = (infinity if value < 0 else value for value in (limit.soft, limit.hard))
+    return {"type": limit.name, "soft": soft, "hard": hard}
+
+
+def _environment(
+    spec: ContainerSpec, image: ImageConfig, pod: PodEnvironment, user: User, defaults: Defaults
+) -> list[str]:
+    environment = {"PATH": _PATH, **dict(defaults.env)}
     if spec.tty:
         environment["TERM"] = _TERM
     if pod.hostname:
@@ -215,10 +239,10 @@ def _environment_of(lines: Sequence[str]) -> dict[str, str]:
     return {name: value for name, separator, value in (line.partition("=") for line in lines) if separator and name}
 
 
-def _capabilities(spec: ContainerSpec, node: Node) -> dict[str, list[str]]:
+def _capabilities(spec: ContainerSpec, node: Node, defaults: Defaults) -> dict[str, list[str]]:
     if spec.security.privileged:
         return caps.all_of(node.capabilities)
-    return caps.sets(spec.security.capabilities, node.capabilities)
+    return caps.sets(spec.security.capabilities, node.capabilities, defaults.capabilities)
 
 
 def _oom_score_adj(resources: Resources, node: Node) -> int:
@@ -474,10 +498,14 @@ def _hugepages(wanted: Resources, node: Node) -> list[dict[str, Any]]:
     return limits
 
 
-def _seccomp(spec: ContainerSpec, node: Node, host: HostObjects, capabilities: Sequence[str]) -> dict[str, Any] | None:
+def _seccomp(
+    spec: ContainerSpec, node: Node, host: HostObjects, capabilities: Sequence[str], defaults: Defaults
+) -> dict[str, Any] | None:
     wanted = spec.security.seccomp
     if wanted is None or wanted.kind is ProfileKind.UNCONFINED:
         return None
+    if wanted.kind is ProfileKind.RUNTIME_DEFAULT and defaults.seccomp is not None:
+        return seccomp.from_profile(defaults.seccomp, capabilities, node.architecture, name="runtime.seccomp_profile")
     if wanted.kind is ProfileKind.RUNTIME_DEFAULT:
         return seccomp.default_profile(capabilities, node.architecture)
     if host.seccomp is None:

@@ -304,11 +304,8 @@ def _env(env: api.KeyValue, index: int) -> tuple[str, str]:
         raise InvalidArgument(f"config.envs[{index}].key: {env.key!r} is not a variable's name")
     if b"\0" in env.value:
         raise InvalidArgument(f"config.envs[{index}].value: the value of {env.key} has a NUL byte")
-    try:
-        return env.key, env.value.decode()
-    except UnicodeDecodeError as error:
-        # The runtime's configuration is JSON: it would carry other bytes than those asked for.
-        raise InvalidArgument(f"config.envs[{index}].value: the value of {env.key} is not UTF-8: {error}") from None
+    # The runtime's configuration is JSON: other bytes become U+FFFD, as with containerd and CRI-O, and the pod starts.
+    return env.key, env.value.decode(errors="replace")
 
 
 def _mount(message: api.Mount, index: int) -> Mount:

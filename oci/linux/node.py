@@ -7,7 +7,18 @@ from pathlib import Path
 
 from oci.linux import caps, cgroup, lsm, seccomp
 
-_NOFILE_DEFAULT = (1024, 524288)  # systemd's own default, which programs are used to
+
+@dataclass(frozen=True, slots=True)
+class Rlimit:
+    """One resource limit; `name` is the runtime-spec's ("RLIMIT_NOFILE"), RLIM_INFINITY is -1."""
+
+    name: str
+    soft: int
+    hard: int
+
+
+# systemd's own default, which programs are used to: without a limit some allocate for every fd there could be.
+DEFAULT_RLIMITS = (Rlimit("RLIMIT_NOFILE", 1024, 524288),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +27,6 @@ class Node:
 
     cgroups: cgroup.Cgroups
     capabilities: frozenset[str]  # those that can be handed on
-    nofile: tuple[int, int]  # soft and hard default for containers
     lowest_oom_score_adj: int
     has_apparmor: bool
     has_selinux: bool
@@ -33,7 +43,6 @@ def detect(root: Path = Path("/")) -> Node:
     return Node(
         cgroups=cgroups,
         capabilities=own,
-        nofile=_nofile(own, root),
         lowest_oom_score_adj=_lowest_oom_score_adj(own, root),
         has_apparmor=lsm.has_apparmor(root / "sys"),
         has_selinux=lsm.has_selinux(root / "sys"),
@@ -43,15 +52,26 @@ def detect(root: Path = Path("/")) -> Node:
     )
 
 
-def _nofile(own: frozenset[str], root: Path) -> tuple[int, int]:
-    soft, hard = _NOFILE_DEFAULT
-    if "SYS_RESOURCE" in own:
-        limit = int((root / "proc/sys/fs/nr_open").read_text())
-    else:
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        limit = hard if limit == resource.RLIM_INFINITY else limit
-    hard = min(hard, limit)
-    return min(soft, hard), hard
+def permitted(wanted: Rlimit, root: Path = Path("/")) -> Rlimit:
+    """The limit as far as this process may hand it on: below its own hard limit, or what the kernel takes at all.
+
+    Raises ValueError for a name that this host does not know.
+    """
+    number = getattr(resource, wanted.name, None)
+    if number is None:
+        raise ValueError(f"{wanted.name} is not a resource limit of this host")
+    ceiling = -1 if "SYS_RESOURCE" in caps.own() else resource.getrlimit(number)[1]
+    if wanted.name == "RLIMIT_NOFILE":
+        ceiling = _least(ceiling, int((root / "proc/sys/fs/nr_open").read_text()))
+    hard = _least(wanted.hard, ceiling)
+    return Rlimit(wanted.name, _least(wanted.soft, hard), hard)
+
+
+def _least(one: int, other: int) -> int:
+    """The smaller of two limits, where a negative one is none."""
+    if one < 0 or other < 0:
+        return max(one, other)
+    return min(one, other)
 
 
 def _lowest_oom_score_adj(own: frozenset[str], root: Path) -> int:
