@@ -15,6 +15,7 @@ EDGE = (
     "cri/api/",
     "cri/server.py",
     "cri/daemon.py",
+    "cri/chunks.py",
     "cri/errors.py",
     "cri/node_",
     "cri/cli_",
