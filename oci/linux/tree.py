@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from oci.linux import syscalls
 
-# What lies deeper, in levels (rmtree holds an fd for each) or bytes of path (PATH_MAX), is pulled up before it is removed.
+# What lies deeper, in levels (rmtree holds an fd for each) or bytes of path (PATH_MAX), is pulled up before removal.
 _DEEP_LEVELS = 100
 _DEEP_BYTES = 3500
 
