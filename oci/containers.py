@@ -33,6 +33,7 @@ from oci.errors import (
 )
 from oci.events import Bus, Event, EventKind
 from oci.handlers import Handler, Handlers
+from oci.hooks import Adjusted, ContainerHooks, NoContainerHooks
 from oci.image import ImageConfig
 from oci.image_volumes import ImageMount, ImageVolumes
 from oci.linux import cgroup, passwd, proc
@@ -118,6 +119,7 @@ class Containers:
         self._by_id: dict[ContainerId, Container] = {}
         self._by_name: dict[str, ContainerId] = {}
         self._background = Background()
+        self.hooks: ContainerHooks = NoContainerHooks()
 
     # Lookup: from memory, never waiting
 
@@ -128,6 +130,10 @@ class Containers:
     def of(self, sandbox_id: SandboxId) -> list[Container]:
         """Every container of one pod, those being made or removed too."""
         return [container for container in self._by_id.values() if container.record.sandbox_id == sandbox_id]
+
+    def known(self) -> list[Container]:
+        """Every container of which anything may exist, also those being made or removed."""
+        return list(self._by_id.values())
 
     def known_ids(self) -> list[ContainerId]:
         """Every container of which anything may exist, also those being made or removed."""
@@ -149,7 +155,10 @@ class Containers:
 
     def cgroup_path(self, container: Container) -> str:
         """Where the container's cgroup lies in every hierarchy."""
-        return cgroup.child_path(self._settings.cgroup_driver, container.record.cgroup_parent, container.id)
+        driver, record = self._settings.cgroup_driver, container.record
+        if record.cgroups_path:
+            return cgroup.from_runtime_path(driver, record.cgroups_path)
+        return cgroup.child_path(driver, record.cgroup_parent, record.id)
 
     # Create
 
@@ -185,7 +194,7 @@ class Containers:
         self._by_name[record.full_name] = id
         try:
             await self._make(container, pod, image)
-        except BaseException:
+        except Exception:  # a cancelled one is left to the next start, which finds its record
             self._forget_name(record)
             self._background.start(self._discard(container), f"discard container {container.id}")
             with contextlib.suppress(TimeoutError):
@@ -193,6 +202,7 @@ class Containers:
             raise
         container.settled.set()
         self._publish(EventKind.CREATED, container)
+        await self.hooks.created(container)
         return container
 
     def _named(self, record: ContainerRecord) -> Container | None:
@@ -216,8 +226,11 @@ class Containers:
         spec_ = container.record.spec
         found = await host.look_up(spec_, privileged_devices=not handler.privileged_without_host_devices)
         target_pid_ns = self._target_pid_ns(container.record)
-        user = await self._pooled(self._prepare, container.record, pod, image, found, handler, target_pid_ns)
+        user, config = await self._pooled(self._prepare, container.record, pod, image, found, handler, target_pid_ns)
         container.record = replace(container.record, user=user)
+        adjusted = await self.hooks.creating(container, config)
+        container.record = self._with_adjustments(container.record, adjusted)
+        await self._pooled(self._write, container.record, adjusted.config)
         container.monitor = await self._fork_server.spawn_monitor(
             MonitorRequest(
                 container_id=id,
@@ -245,8 +258,8 @@ class Containers:
         found: host.HostObjects,
         handler: Handler,
         target_pid_ns: str,
-    ) -> passwd.User:
-        """Mount the root filesystem and write the bundle; in a pool. What half of it leaves, a release takes away."""
+    ) -> tuple[passwd.User, dict[str, Any]]:
+        """Mount the root filesystem, build the runtime-spec; in a pool. What half of it leaves a release takes away."""
         id, wanted = record.id, record.spec
         shift = Shift(pod.user_namespace, pod.user_ns) if pod.user_namespace else None
         rootfs = self._rootfs.mount(id, image.layers, shift=shift)
@@ -272,10 +285,20 @@ class Containers:
             features=handler.features,
             defaults=self._settings.defaults,
         )
-        self._bundles.write(id, config)
+        return user, config
+
+    def _write(self, record: ContainerRecord, config: dict[str, Any]) -> None:
+        self._bundles.write(record.id, config)
         if record.log_path:
             Path(record.log_path).parent.mkdir(parents=True, exist_ok=True)  # NAME/ATTEMPT.log, as kubelet has it
-        return user
+
+    def _with_adjustments(self, record: ContainerRecord, adjusted: Adjusted) -> ContainerRecord:
+        ours = cgroup.runtime_path(self._settings.cgroup_driver, record.cgroup_parent, record.id)
+        path = adjusted.config["linux"]["cgroupsPath"]
+        limits = _merged(record.status.resources, adjusted.limits)
+        return replace(
+            record, cgroups_path="" if path == ours else path, status=replace(record.status, resources=limits)
+        )
 
     def _target_pid_ns(self, record: ContainerRecord) -> str:
         """The PID namespace that the container joins (CRI mode TARGET), as a path; "" for the other modes."""
@@ -293,6 +316,8 @@ class Containers:
 
     async def start(self, container: Container) -> None:
         """Let the container's process run. A failed start is an end: EXITED, with the OCI runtime's own words."""
+        status.with_start(container.record.status, 0)  # what cannot be started is refused before anybody is told
+        await self.hooks.starting(container)
         async with container.lock:
             now = self._clock.now()
             started = status.with_start(container.record.status, now)
@@ -304,6 +329,7 @@ class Containers:
                 raise
             await self._set(container, started)
             self._publish(EventKind.STARTED, container)
+        await self.hooks.started(container)
 
     # Stop
 
@@ -384,6 +410,7 @@ class Containers:
                 await self._records.put(container.id, container.record)
         await self.stop(container, 0)
         await container.released.wait()
+        await self.hooks.removing(container)
         await until_done(f"removal of container {container.id}", lambda: self._delete(container))
         self._publish(EventKind.DELETED, container)
 
@@ -421,6 +448,7 @@ class Containers:
             container.pidfd = -1
         container.exited.set()
         self._publish(EventKind.STOPPED, container)
+        await self.hooks.stopped(container)
         await self._released(container)
 
     async def _exit_of(self, container: Container) -> "_Exit | _Lost":
@@ -477,6 +505,7 @@ class Containers:
             with contextlib.suppress(Error):  # it has ended by itself after a failed create
                 await container.monitor.shutdown()
         await self._released(container)
+        await self.hooks.discarded(container)
         await until_done(f"removal of container {container.id}", lambda: self._delete(container))
         container.exited.set()
         container.settled.set()
@@ -508,9 +537,14 @@ class Containers:
 
     async def update(self, container: Container, changes: Resources) -> None:
         """Change the limits of a container that has not ended; fields that are not set stay as they are."""
+        _require_alive(container)
+        await self.limit(container, await self.hooks.updating(container, changes))
+        await self.hooks.updated(container)
+
+    async def limit(self, container: Container, changes: Resources) -> None:
+        """The same, at the wish of a hook: no hook is asked."""
         async with container.lock:
-            if container.state not in (ContainerState.CREATED, ContainerState.RUNNING):
-                raise FailedPrecondition(f"cannot update a container that is {container.state}")
+            _require_alive(container)
             handler = self._handlers.resolve(container.record.runtime_handler)
             limits = spec.update_resources(changes, self._node, handler.features)
             await handler.runtime.update(container.id, limits)
@@ -644,6 +678,11 @@ def _monitor(container: Container) -> Monitor:
 def _require(container: Container, state: ContainerState, verb: str) -> None:
     if container.state is not state:
         raise FailedPrecondition(f"cannot {verb} a container that is {container.state} (id {container.id})")
+
+
+def _require_alive(container: Container) -> None:
+    if not container.is_alive:
+        raise FailedPrecondition(f"cannot update a container that is {container.state} (id {container.id})")
 
 
 def _log_path(pod: PodEnvironment, wanted: ContainerSpec) -> str:

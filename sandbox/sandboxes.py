@@ -28,6 +28,7 @@ from oci.monitor_client import ForkServer, PodRequest, kill_pause, read_pod_proc
 from oci.state import Records, Unreadable
 from sandbox import files, namespaces
 from sandbox.cgroup import PodCgroups
+from sandbox.hooks import NoSandboxHooks, SandboxHooks
 from sandbox.network.attachment import PodNetworkRequest
 from sandbox.network.pod_network import PodNetwork
 from sandbox.sandbox import Sandbox, SandboxRecord, SandboxState
@@ -74,12 +75,17 @@ class Sandboxes:
         self._by_id: dict[SandboxId, Sandbox] = {}
         self._by_name: dict[str, SandboxId] = {}
         self._background = Background()
+        self.hooks: SandboxHooks = NoSandboxHooks()
 
     # Lookup: from memory, never waiting
 
     def all(self) -> list[Sandbox]:
         """Every pod sandbox that lists show."""
         return [sandbox for sandbox in self._by_id.values() if sandbox.is_visible]
+
+    def known(self) -> list[Sandbox]:
+        """Every pod sandbox of which anything may exist, also those being made or removed."""
+        return list(self._by_id.values())
 
     def known_ids(self) -> list[SandboxId]:
         """Every pod sandbox of which anything may exist, also those being made or removed."""
@@ -98,6 +104,11 @@ class Sandboxes:
         if sandbox is None:
             raise NotFound(f"pod sandbox {id!r}: there is none")
         return sandbox
+
+    def record(self, id: SandboxId) -> SandboxRecord | None:
+        """What is recorded of a pod sandbox, whether lists show it or not."""
+        sandbox = self._by_id.get(id)
+        return sandbox.record if sandbox is not None else None
 
     def ready(self, id: str) -> Sandbox:
         """The pod sandbox, which containers can be made in. Raises NotFound or FailedPrecondition."""
@@ -171,7 +182,7 @@ class Sandboxes:
         self._by_name[record.full_name] = id
         try:
             await self._make(sandbox)
-        except BaseException:
+        except Exception:  # a cancelled one is left to the next start, which finds its record
             self._forget_name(record)
             discard = self._background.start(self._discard(sandbox), f"discard pod sandbox {id}")
             await asyncio.wait([discard], timeout=DISCARD_WAIT_S)
@@ -203,6 +214,7 @@ class Sandboxes:
             await self._join_networks(sandbox)
         record = sandbox.record
         await self._pooled(files.write, spec, self._directory(id), record.hostname, record.ips)
+        await self.hooks.running(sandbox)
         await self._set(sandbox, replace(sandbox.record, ready_at=self._clock.now()))
         self._watch_pause(sandbox)
 
@@ -257,6 +269,7 @@ class Sandboxes:
         async with sandbox.lock:
             if sandbox.record.stopped_at is not None:
                 return
+            await self.hooks.stopping(sandbox)
             await self._release(sandbox)
             await self._set(sandbox, replace(sandbox.record, stopped_at=self._clock.now()))
         self._publish(EventKind.STOPPED, sandbox)
@@ -279,6 +292,7 @@ class Sandboxes:
         await self._set(sandbox, replace(sandbox.record, is_removing=True))
         await self.stop(sandbox)
         await asyncio.gather(*(self._containers.remove(each) for each in self._containers.of(sandbox.id)))
+        await self.hooks.removing(sandbox)
         await until_done(f"removal of pod sandbox {sandbox.id}", lambda: self._delete(sandbox))
         self._publish(EventKind.DELETED, sandbox)
 
@@ -294,6 +308,7 @@ class Sandboxes:
     async def _discard(self, sandbox: Sandbox) -> None:
         """Take away what a failed run has left, trying again until it is done."""
         await until_done(f"cleanup of failed pod sandbox {sandbox.id}", lambda: self._release(sandbox))
+        await self.hooks.discarded(sandbox)
         await until_done(f"cleanup of failed pod sandbox {sandbox.id}", lambda: self._delete(sandbox))
 
     def _forget_name(self, record: SandboxRecord) -> None:
@@ -330,8 +345,10 @@ class Sandboxes:
 
     async def update_resources(self, sandbox: Sandbox, overhead: Resources, resources: Resources) -> None:
         """Remember what kubelet has given the pod's cgroup, which is kubelet's own to write."""
+        await self.hooks.updating(sandbox, overhead, resources)
         async with sandbox.lock:
             await self._set(sandbox, replace(sandbox.record, overhead=overhead, resources=resources))
+        await self.hooks.updated(sandbox)
 
     # Restart
 
@@ -399,7 +416,7 @@ class Sandboxes:
         await self._records.put(record.id, record)
 
     def _publish(self, kind: EventKind, sandbox: Sandbox) -> None:
-        self._events.publish(Event(kind, sandbox.id, sandbox.id, self._clock.now()))
+        self._events.publish(Event(kind, sandbox.id, sandbox.id, self._clock.now(), sandbox.record))
 
     async def _pooled(self, leaf: Callable[..., Any], *arguments: Any) -> Any:
         wait: Awaitable[Any] = asyncio.get_running_loop().run_in_executor(self._mounts, leaf, *arguments)

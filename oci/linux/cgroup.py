@@ -211,6 +211,16 @@ def runtime_path(driver: Driver, parent: str, id: str) -> str:
     return child_path(driver, parent, id)
 
 
+def from_runtime_path(driver: Driver, path: str) -> str:
+    """Where the cgroup that a runtime-spec names as its cgroupsPath lies in every hierarchy."""
+    if driver is not Driver.SYSTEMD:
+        return path
+    slice, _, rest = path.partition(":")
+    prefix, _, name = rest.partition(":")
+    unit = name if name.endswith(".slice") else f"{prefix}-{name}.scope" if prefix else f"{name}.scope"
+    return f"{expand_slice(slice or 'system.slice').rstrip('/')}/{unit}"
+
+
 def of_process(pid: int) -> dict[str, str]:
     """The cgroup of a process by controller; "" is the unified hierarchy's. Empty when the process is gone."""
     try:
