@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except Error as error:
         return _failed(error)
+    except PermissionError as error:
+        return _denied(error)
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stderr.close()
         return EXIT_FAILED
@@ -38,6 +40,16 @@ def _failed(error: Error) -> int:
 
     print(f"crito: {error}", file=sys.stderr)
     return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+
+
+def _denied(error: PermissionError) -> int:
+    """Mostly: not root. What the daemon is denied as root it should show whole."""
+    import os  # noqa: PLC0415
+
+    if os.geteuid() == 0:
+        raise error
+    print(f"crito: {error.filename}: {error.strerror}: this command needs root", file=sys.stderr)
+    return EXIT_FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
