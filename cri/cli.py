@@ -126,14 +126,15 @@ def _settings(parser: argparse.ArgumentParser) -> None:
     for section, declared in SECTIONS.items():
         group = parser.add_argument_group(f"[{section}]", declared.__doc__)
         for key in keys(declared).values():
+            is_flag = isinstance(key.default, bool)
             group.add_argument(
                 f"--{section}-{key.name}".replace("_", "-"),
                 dest=f"set.{section}.{key.name}",
                 action="append",
-                metavar="TRUE|FALSE" if isinstance(key.default, bool) else "VALUE",
+                nargs="?" if is_flag else None,
+                const="true" if is_flag else None,  # `--runtime-drop-pause` alone means true
+                metavar="TRUE|FALSE" if is_flag else "VALUE",
                 help=_help(key.doc + (f" Default: {key.shown}." if key.shown else "")),
-                # `--runtime-drop-pause` alone means true.
-                **({"nargs": "?", "const": "true"} if isinstance(key.default, bool) else {}),
             )
         if section == "runtime":
             group.add_argument(
