@@ -52,10 +52,6 @@ class Credentials:
             "registry_token": self.registry_token,
         }
 
-    def suits(self, host: str) -> bool:
-        """Whether these may be sent to `host`: always where no server address restricts them."""
-        return not self.server_address or _same_registry(_host_of(self.server_address), host)
-
 
 async def for_endpoint(
     endpoint: Endpoint, registry: str, given: Credentials | None, auth_file: Path | None

@@ -114,9 +114,10 @@ class _Bounded(Protocol):
 
 
 def _bounded(chunks: Iterator[bytes], make: Callable[[], _Bounded], name: str) -> Iterator[bytes]:
-    stream = make()
+    stream, started = make(), False
     for chunk in chunks:
         left = chunk
+        started = True
         while left or not (stream.needs_input or stream.eof):
             try:
                 piece = stream.decompress(left, _PIECE_BYTES)
@@ -127,9 +128,11 @@ def _bounded(chunks: Iterator[bytes], make: Callable[[], _Bounded], name: str) -
                 yield piece
             if stream.eof:
                 left = stream.unused_data
-                stream = make()
+                stream, started = make(), bool(left)
                 if not left:
                     break
+    if started:
+        raise Error(f"{name} data ends too early")
 
 
 class _Readable:

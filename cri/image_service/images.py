@@ -449,10 +449,22 @@ class Images:
         return self._images[record.id]
 
     async def _have_layer(self, layer: _Layer, progress: Progress) -> None:
+        tried = False
+
+        def fetch() -> Coroutine[Any, Any, None]:
+            nonlocal tried
+            tried = True
+            return self._fetch(layer, progress)
+
         while layer.diff_id not in self._layers:
             if (leaving := self._leaving.get(layer.diff_id)) is not None:
                 await asyncio.shield(leaving)
-            await self._layer_work.run(layer.diff_id, lambda: self._fetch(layer, progress))
+            try:
+                await self._layer_work.run(layer.diff_id, fetch)
+            except Error:
+                if tried:
+                    raise
+                continue  # another pull's source failed it; ours may not
             progress.layers_done += 1
             progress.changed()
 
@@ -488,6 +500,7 @@ class Images:
 
     async def _with_implied(self, image_id: str, diff_ids: tuple[str, ...]) -> tuple[str, ...]:
         """The image's layers; on top a small one of its own where directories need attributes from lower layers."""
+        diff_ids = _without_repeats(diff_ids)
         if not any(self._layers[diff_id].implied for diff_id in diff_ids):
             return diff_ids
         own = f"implied:{image_id.rpartition(':')[2]}"
@@ -549,10 +562,13 @@ class Images:
             self._spawn(self._forget_unheld(image_id))
 
     async def sweep(self) -> None:
-        """Frees what no image and no container needs; call it once the containers that live hold their images."""
+        """Frees what no image and no container needs; call it once the containers that live hold their images.
+
+        Layers of pulls that were cut short still wait for the next try, as after any failed pull.
+        """
         for image_id in [image_id for image_id in self._layers_of if image_id not in self._images]:
             await self._forget_unheld(image_id)
-        self._free(self._layers)
+        self._free_later(self._layers)
 
     def _free_later(self, layers: Iterable[str]) -> None:
         """Layers of a pull that failed wait a while, so that the next try need not fetch them again."""
@@ -732,6 +748,11 @@ def _diff_ids(config: ImageConfig, layers: int, subject: str) -> tuple[str, ...]
     if len(config.diff_ids) != layers:
         raise Error(f"{subject} has {layers} layers, but its config tells {len(config.diff_ids)} diff IDs")
     return config.diff_ids
+
+
+def _without_repeats(diff_ids: tuple[str, ...]) -> tuple[str, ...]:
+    """Each layer once, where it comes last: what it has hides its earlier self, and overlayfs takes none twice."""
+    return tuple(dict.fromkeys(reversed(diff_ids)))[::-1]
 
 
 async def _all(work: Iterable[Awaitable[None]]) -> None:

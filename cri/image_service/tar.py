@@ -173,7 +173,9 @@ class Archive:
         if flag in (b"\0", b"0") and entry.name.endswith(b"/"):
             entry.kind = Kind.DIRECTORY  # as written before POSIX had a flag for directories
         if entry.kind is not Kind.FILE:
-            entry.stored_bytes = entry.size_bytes = 0
+            entry.size_bytes = 0
+            if flag not in b"\x000":  # links tell their target's size, and no data follows
+                entry.stored_bytes = 0
         self._expect(entry.stored_bytes)
         if flag == b"S":
             self._old_sparse(entry, header)

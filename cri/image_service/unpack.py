@@ -271,7 +271,9 @@ class _Tree:
             fd = openat2(self._root.fd, path, _DIRECTORY_FLAGS)
             if len(self._open) >= _OPEN_DIRECTORIES:
                 self._stale.append(self._open.pop(next(iter(self._open))).fd)
+            self._stale.append(fd)  # until it is known where it leads, which fails for paths over PATH_MAX
             known = self._open[path] = _Directory(fd, _path_of(fd)[len(self._root_path) + 1 :])
+            self._stale.remove(fd)
         return known
 
     def _make_implied(self, path: bytes, depth: int) -> None:
