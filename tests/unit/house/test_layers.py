@@ -18,6 +18,7 @@ EDGE = (
     "cri/chunks.py",
     "cri/errors.py",
     "cri/node_",
+    "cri/nri/",
     "cri/cli_",
     "cri/runtime_service/",
     "cri/image_service/service.py",
