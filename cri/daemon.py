@@ -34,6 +34,7 @@ from cri.image_service.images import Images, ImageSettings
 from cri.image_service.service import ImageService
 from cri.node_service import NodeService
 from cri.runtime_service.events import ContainerEvents
+from cri.runtime_service.metrics import PodMetrics
 from cri.runtime_service.service import RuntimeService
 from cri.runtime_service.stats import Stats
 from cri.runtime_service.status import Health, RuntimeStatus, disk_health
@@ -67,6 +68,7 @@ _log = logging.getLogger(__name__)
 STOP_GRACE_S = 2.0  # for calls under way; the changes that they asked for get FINISH_S more
 FINISH_S = 10.0
 MOUNT_THREADS = 8
+STATS_THREADS = 2
 CANARY_RETRY_S = 30.0
 
 
@@ -109,6 +111,7 @@ class Daemon:
         sandboxes: Sandboxes,
         layers: WritableLayers,
         stats: Stats,
+        pod_metrics: PodMetrics,
         events: Bus[Event],
         clock: Clock,
         counts: metrics.Metrics,
@@ -126,6 +129,7 @@ class Daemon:
         self._sandboxes = sandboxes
         self._layers = layers
         self._stats = stats
+        self._pod_metrics = pod_metrics
         self._events = events
         self._clock = clock
         self._counts = counts
@@ -157,6 +161,8 @@ class Daemon:
             stack.push_async_callback(_cancelled, asyncio.create_task(work))
         self._layers.start()
         stack.push_async_callback(self._layers.close)
+        self._stats.start()
+        stack.push_async_callback(self._stats.close)
         self._register_gauges()
         await self._counts.start()
         stack.push_async_callback(self._counts.close)
@@ -179,6 +185,7 @@ class Daemon:
             self._handlers,
             events,
             self._stats,
+            self._pod_metrics,
             status,
         )
         api_pb2_grpc.add_RuntimeServiceServicer_to_server(runtime_service, server.grpc)
@@ -232,11 +239,10 @@ class Daemon:
     # Events and numbers
 
     async def _follow_events(self) -> None:
-        """Count OOM kills, and forget the samples of what is gone."""
+        """Count OOM kills, and forget the layers of what is gone."""
         async for event in self._events.listen():
             container = self._containers.find(event.id)
             if event.kind is EventKind.DELETED:
-                self._stats.forget(event.id)
                 self._layers.forget(ContainerId(event.id))
             elif event.kind is EventKind.STOPPED and container and container.record.status.reason == REASON_OOM_KILLED:
                 self._counts.container_oom()
@@ -361,11 +367,13 @@ async def _build(config: Config, stack: contextlib.AsyncExitStack) -> Daemon:
     layers = WritableLayers(
         root / "containers", rootfs, lambda: [each.id for each in containers.all() if each.is_alive]
     )
-    stats = Stats(here.cgroups, sandboxes, containers, layers)
-    stack.callback(stats.close)
+    reads = ThreadPoolExecutor(STATS_THREADS, "stats")
+    stack.callback(reads.shutdown, wait=False, cancel_futures=True)
+    stats = Stats(here.cgroups, sandboxes, containers, layers, reads)
+    pod_metrics = PodMetrics(here.cgroups, sandboxes, containers, layers, stats, reads)
     return Daemon(
         config, database, fork_server, handlers, images, network, bundles, rootfs, containers, sandboxes, layers, stats,
-        events, clock, metrics.metrics(config.metrics.listen), mounts,
+        pod_metrics, events, clock, metrics.metrics(config.metrics.listen), mounts,
     )  # fmt: skip
 
 

@@ -3,12 +3,13 @@
 A value that the host does not count is None, never 0.
 """
 
-import errno
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from oci.errors import NotFound
+from oci.linux import cgroup_files
 from oci.linux.cgroup import Cgroups, Hierarchy
 
 # From here on a v1 limit is "none": the kernel's page counter at its end, whatever the page size.
@@ -76,9 +77,52 @@ def read(cgroups: Cgroups, path: str) -> CgroupStats:
     if not cgroups.exists(path):
         raise NotFound(f"stats of cgroup {path}: there is no such cgroup")
     now = time.time_ns()
-    if cgroups.of_controller("memory") is None or _is_unified(cgroups.of_controller("memory")):
-        return _read_unified(now, cgroups, path)
+    unified = counting_hierarchy(cgroups)
+    if unified is not None:
+        return _read_unified(now, unified.mountpoint / path.strip("/"))
     return _read_v1(now, cgroups, path)
+
+
+def cpu_usage(cgroups: Cgroups, path: str) -> tuple[int, int] | None:
+    """A time (ns since the epoch) and the CPU time (ns) until then, by one file's read; None where nothing counts."""
+    unified = counting_hierarchy(cgroups)
+    if unified is not None:
+        microseconds = cgroup_files.table(unified.mountpoint / path.strip("/") / "cpu.stat").get("usage_usec")
+        usage = None if microseconds is None else microseconds * 1000
+    else:
+        directory = cgroups.directory("cpuacct", path)
+        usage = cgroup_files.number(directory / "cpuacct.usage") if directory else None
+    return None if usage is None else (time.time_ns(), usage)
+
+
+def counting_hierarchy(cgroups: Cgroups) -> Hierarchy | None:
+    """The unified hierarchy where it is the one that counts what containers use; None where v1 hierarchies do."""
+    memory = cgroups.of_controller("memory")
+    return cgroups.unified if memory is None or memory.is_unified else None
+
+
+def total(parts: Sequence[CgroupStats]) -> CgroupStats:
+    """Several cgroups as one: what one of them does not count is left out of the sum, averages are not told."""
+    cpus = [part.cpu.usage_core_ns for part in parts if part.cpu]
+    memories = [part.memory for part in parts if part.memory]
+    processes = [part.processes for part in parts if part.processes is not None]
+    return CgroupStats(
+        timestamp=max((part.timestamp for part in parts), default=time.time_ns()),
+        cpu=Cpu(sum(cpus)) if cpus else None,
+        memory=_total_memory(memories) if memories else None,
+        swap=None,
+        io=None,
+        processes=sum(processes) if processes else None,
+    )
+
+
+def _total_memory(memories: Iterable[Memory]) -> Memory:
+    rows = [
+        (each.usage_bytes, each.working_set_bytes, each.rss_bytes, each.page_faults, each.major_page_faults)
+        for each in memories
+    ]
+    usage, working_set, rss, faults, major = map(sum, zip(*rows, strict=True))
+    return Memory(usage, working_set, None, rss, faults, major)
 
 
 class CpuRates:
@@ -92,81 +136,84 @@ class CpuRates:
         self._samples: dict[str, tuple[int, int]] = {}  # id -> timestamp, usage
         self._rates: dict[str, int] = {}
 
-    def usage_nano_cores(self, id: str, timestamp: int, usage_core_ns: int) -> int | None:
-        """None until there are two samples; the last known rate while the window has not passed."""
-        before = self._samples.get(id)
-        if before is None or usage_core_ns < before[1]:  # new, or the counter started over
-            self._samples[id] = (timestamp, usage_core_ns)
-            self._rates.pop(id, None)
-            return None
-        elapsed = timestamp - before[0]
-        if elapsed >= self._window_ns:
-            self._samples[id] = (timestamp, usage_core_ns)
-            self._rates[id] = (usage_core_ns - before[1]) * 1_000_000_000 // elapsed
-        return self._rates.get(id)
+    def usage_nano_cores(self, id: str, timestamp: int, usage_core_ns: int, since: int) -> int:
+        """The rate until `timestamp`; `since` is when the counter began at 0, from which the first rate is reckoned.
 
-    def forget(self, id: str) -> None:
-        self._samples.pop(id, None)
-        self._rates.pop(id, None)
+        While the window has not passed it is the rate before; so it is where the counter has gone back.
+        """
+        if id not in self._samples:
+            self._samples[id] = (timestamp, usage_core_ns)
+            self._rates[id] = usage_core_ns * 1_000_000_000 // max(timestamp - since, 1_000_000)
+            return self._rates[id]
+        sampled_at, used = self._samples[id]
+        elapsed, more = timestamp - sampled_at, usage_core_ns - used
+        if elapsed < 0 or more < 0:
+            self._samples[id] = (timestamp, usage_core_ns)
+        elif elapsed >= self._window_ns:
+            self._samples[id] = (timestamp, usage_core_ns)
+            self._rates[id] = more * 1_000_000_000 // elapsed
+        return self._rates[id]
+
+    def keep_only(self, ids: Iterable[str]) -> None:
+        """Let go of what is remembered of all others."""
+        gone = self._samples.keys() - set(ids)
+        for id in gone:
+            del self._samples[id], self._rates[id]
 
 
 # --- v2
 
 
-def _read_unified(now: int, cgroups: Cgroups, path: str) -> CgroupStats:
-    hierarchy = cgroups.unified
-    if hierarchy is None:
-        return CgroupStats(now, None, None, None, None, None)
-    directory = hierarchy.mountpoint / path.strip("/")
+def _read_unified(now: int, directory: Path) -> CgroupStats:
     return CgroupStats(
         timestamp=now,
         cpu=_unified_cpu(directory),
         memory=_unified_memory(directory),
         swap=_unified_swap(directory),
         io=_unified_io(directory),
-        processes=_number(directory / "pids.current"),
+        processes=cgroup_files.number(directory / "pids.current"),
     )
 
 
 def _unified_cpu(directory: Path) -> Cpu | None:
-    usage = _table(directory / "cpu.stat").get("usage_usec")
-    return None if usage is None else Cpu(usage * 1000, _psi(directory / "cpu.pressure"))
+    usage = cgroup_files.table(directory / "cpu.stat").get("usage_usec")
+    return None if usage is None else Cpu(usage * 1000, psi(directory / "cpu.pressure"))
 
 
 def _unified_memory(directory: Path) -> Memory | None:
-    usage, stat = _number(directory / "memory.current"), _table(directory / "memory.stat")
+    usage, stat = cgroup_files.number(directory / "memory.current"), cgroup_files.table(directory / "memory.stat")
     if usage is None:
         return None
     working_set = max(0, usage - stat.get("inactive_file", 0))
     return Memory(
         usage_bytes=usage,
         working_set_bytes=working_set,
-        available_bytes=_left(_number(directory / "memory.max"), working_set),
+        available_bytes=_left(cgroup_files.number(directory / "memory.max"), working_set),
         rss_bytes=stat.get("anon", 0),
         page_faults=stat.get("pgfault", 0),
         major_page_faults=stat.get("pgmajfault", 0),
-        psi=_psi(directory / "memory.pressure"),
+        psi=psi(directory / "memory.pressure"),
     )
 
 
 def _unified_swap(directory: Path) -> Swap | None:
-    usage = _number(directory / "memory.swap.current")
-    return None if usage is None else Swap(usage, _left(_number(directory / "memory.swap.max"), usage))
+    usage = cgroup_files.number(directory / "memory.swap.current")
+    return None if usage is None else Swap(usage, _left(cgroup_files.number(directory / "memory.swap.max"), usage))
 
 
 def _unified_io(directory: Path) -> Io | None:
-    text = _text(directory / "io.stat")
+    text = cgroup_files.text(directory / "io.stat")
     if text is None:
         return None
     pairs = [word.partition("=") for word in text.split() if "=" in word]
     read_bytes = sum(int(value) for name, _, value in pairs if name == "rbytes")
     written = sum(int(value) for name, _, value in pairs if name == "wbytes")
-    return Io(read_bytes, written, _psi(directory / "io.pressure"))
+    return Io(read_bytes, written, psi(directory / "io.pressure"))
 
 
-def _psi(path: Path) -> Psi | None:
+def psi(path: Path) -> Psi | None:
     """None on a kernel without pressure stall information. Source: the kernel's accounting/psi.rst."""
-    lines = {line.partition(" ")[0]: line for line in (_text(path) or "").splitlines()}
+    lines = {line.partition(" ")[0]: line for line in (cgroup_files.text(path) or "").splitlines()}
     if "some" not in lines:
         return None
     some = _psi_data(lines["some"])
@@ -185,20 +232,20 @@ def _psi_data(line: str) -> PsiData:
 def _read_v1(now: int, cgroups: Cgroups, path: str) -> CgroupStats:
     cpu, memory = cgroups.directory("cpuacct", path), cgroups.directory("memory", path)
     pids, blkio = cgroups.directory("pids", path), cgroups.directory("blkio", path)
-    usage = _number(cpu / "cpuacct.usage") if cpu else None
-    stat = _table(memory / "memory.stat") if memory else {}
+    usage = cgroup_files.number(cpu / "cpuacct.usage") if cpu else None
+    stat = cgroup_files.table(memory / "memory.stat") if memory else {}
     return CgroupStats(
         timestamp=now,
         cpu=None if usage is None else Cpu(usage),
         memory=_v1_memory(memory, stat) if memory else None,
         swap=_v1_swap(stat),
         io=_v1_io(blkio) if blkio else None,
-        processes=_number(pids / "pids.current") if pids else None,
+        processes=cgroup_files.number(pids / "pids.current") if pids else None,
     )
 
 
 def _v1_memory(directory: Path, stat: dict[str, int]) -> Memory | None:
-    usage = _number(directory / "memory.usage_in_bytes")
+    usage = cgroup_files.number(directory / "memory.usage_in_bytes")
     if usage is None:
         return None
     working_set = max(0, usage - stat.get("total_inactive_file", 0))
@@ -222,7 +269,7 @@ def _v1_swap(stat: dict[str, int]) -> Swap | None:
 
 
 def _v1_io(directory: Path) -> Io | None:
-    text = _text(directory / "blkio.throttle.io_service_bytes_recursive")
+    text = cgroup_files.text(directory / "blkio.throttle.io_service_bytes_recursive")
     if text is None:
         return None
     lines = [line.split() for line in text.splitlines()]
@@ -241,30 +288,5 @@ def _limit(stat: dict[str, int], name: str) -> int | None:
 # --- files
 
 
-def _is_unified(hierarchy: Hierarchy | None) -> bool:
-    return hierarchy is not None and hierarchy.is_unified
-
-
 def _left(limit: int | None, used: int) -> int | None:
     return None if limit is None else max(0, limit - used)
-
-
-def _text(path: Path) -> str | None:
-    """None where the file is not there: no such controller, kernel option, or no longer such a cgroup."""
-    try:
-        return path.read_text()
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
-            return None
-        raise
-
-
-def _number(path: Path) -> int | None:
-    """None also for "max"."""
-    text = (_text(path) or "").strip()
-    return int(text) if text.isdecimal() else None
-
-
-def _table(path: Path) -> dict[str, int]:
-    fields = (line.split() for line in (_text(path) or "").splitlines())
-    return {line[0]: int(line[1]) for line in fields if len(line) == 2 and line[1].isdecimal()}

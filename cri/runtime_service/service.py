@@ -1,7 +1,7 @@
 """The CRI's RuntimeService: one short method per RPC. What the RPCs do is told in `sandbox/` and `oci/`."""
 
 import json
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator
 from hashlib import sha256
 from typing import Any, TypeVar
 
@@ -12,9 +12,11 @@ from google.protobuf.message import Message
 from cri.api.runtime.v1 import api_pb2 as api
 from cri.api.runtime.v1 import api_pb2_grpc
 from cri.changes import Changes
+from cri.chunks import chunks
 from cri.image_service.images import Image, Images
 from cri.runtime_service import filters, from_cri, to_cri
 from cri.runtime_service.events import ContainerEvents
+from cri.runtime_service.metrics import PodMetrics
 from cri.runtime_service.stats import Stats
 from cri.runtime_service.status import RuntimeStatus
 from oci.container import Container
@@ -31,7 +33,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
 
 CRI_VERSION = "0.1.0"  # what every runtime and the kubelet say in VersionResponse.version
-STREAM_CHUNK = 500  # items per message of the Stream* calls: far below the kubelet's 16 MiB
 
 
 class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
@@ -44,6 +45,7 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
         handlers: Handlers,
         events: ContainerEvents,
         stats: Stats,
+        metrics: PodMetrics,
         status: RuntimeStatus,
     ) -> None:
         self._changes = changes
@@ -53,6 +55,7 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
         self._handlers = handlers
         self._events = events
         self._stats = stats
+        self._metrics = metrics
         self._status = status
 
     # The runtime
@@ -119,7 +122,7 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
     async def StreamPodSandboxes(
         self, request: api.StreamPodSandboxesRequest, context: Context
     ) -> AsyncIterator[api.StreamPodSandboxesResponse]:
-        for chunk in _chunks(self._listed_sandboxes(request.filter)):
+        for chunk in chunks(self._listed_sandboxes(request.filter)):
             yield api.StreamPodSandboxesResponse(pod_sandboxes=chunk)
 
     async def UpdatePodSandboxResources(
@@ -182,7 +185,7 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
     async def StreamContainers(
         self, request: api.StreamContainersRequest, context: Context
     ) -> AsyncIterator[api.StreamContainersResponse]:
-        for chunk in _chunks(self._listed_containers(request.filter)):
+        for chunk in chunks(self._listed_containers(request.filter)):
             yield api.StreamContainersResponse(containers=chunk)
 
     async def ContainerStatus(
@@ -245,7 +248,7 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
     async def StreamContainerStats(
         self, request: api.StreamContainerStatsRequest, context: Context
     ) -> AsyncIterator[api.StreamContainerStatsResponse]:
-        for chunk in _chunks(await self._listed_container_stats(request.filter)):
+        for chunk in chunks(await self._listed_container_stats(request.filter)):
             yield api.StreamContainerStatsResponse(container_stats=chunk)
 
     async def PodSandboxStats(
@@ -262,30 +265,32 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
     async def StreamPodSandboxStats(
         self, request: api.StreamPodSandboxStatsRequest, context: Context
     ) -> AsyncIterator[api.StreamPodSandboxStatsResponse]:
-        for chunk in _chunks(await self._listed_sandbox_stats(request.filter)):
+        for chunk in chunks(await self._listed_sandbox_stats(request.filter)):
             yield api.StreamPodSandboxStatsResponse(pod_sandbox_stats=chunk)
 
     async def GetContainerEvents(
         self, request: api.GetEventsRequest, context: Context
     ) -> AsyncIterator[api.ContainerEventResponse]:
-        async for event in self._events.listen():
-            yield event
+        with self._events.subscribed() as events:
+            await context.send_initial_metadata(())  # tells the client that it listens from here on
+            async for event in events:
+                yield event
 
     async def ListMetricDescriptors(
         self, request: api.ListMetricDescriptorsRequest, context: Context
     ) -> api.ListMetricDescriptorsResponse:
-        raise Unimplemented("ListMetricDescriptors: this version serves no metrics over the CRI; the stats calls work")
+        return api.ListMetricDescriptorsResponse(descriptors=self._metrics.descriptors())
 
     async def ListPodSandboxMetrics(
         self, request: api.ListPodSandboxMetricsRequest, context: Context
     ) -> api.ListPodSandboxMetricsResponse:
-        raise Unimplemented("ListPodSandboxMetrics: this version serves no metrics over the CRI; the stats calls work")
+        return api.ListPodSandboxMetricsResponse(pod_metrics=await self._metrics.of_pods())
 
     async def StreamPodSandboxMetrics(
         self, request: api.StreamPodSandboxMetricsRequest, context: Context
     ) -> AsyncIterator[api.StreamPodSandboxMetricsResponse]:
-        raise Unimplemented("StreamPodSandboxMetrics: this version serves no metrics over the CRI")
-        yield  # makes this an asynchronous generator, which gRPC wants of a streaming method
+        for chunk in chunks(await self._metrics.of_pods()):
+            yield api.StreamPodSandboxMetricsResponse(pod_sandbox_metrics=chunk)
 
     # Checkpoints
 
@@ -373,7 +378,3 @@ def _image_ref(image: Image) -> str:
 def _digest(request: Message) -> str:
     """Tells equal requests from others that bear the same name."""
     return sha256(request.SerializeToString(deterministic=True)).hexdigest()[:16]
-
-
-def _chunks(items: Sequence[T]) -> Iterable[Sequence[T]]:
-    return (items[start : start + STREAM_CHUNK] for start in range(0, len(items), STREAM_CHUNK))

@@ -2,11 +2,11 @@
 
 import asyncio
 import contextlib
+import logging
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence, Set
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from cri.api.runtime.v1 import api_pb2 as api
@@ -18,11 +18,26 @@ from oci.errors import NotFound
 from oci.linux.cgroup import Cgroups
 from oci.status import ContainerState
 from oci.writable_layers import LayerUsage, WritableLayers
-from sandbox.network.interfaces import InterfaceStats, interface_stats
+from sandbox.network.interfaces import InterfaceStats, interface_stats, interface_stats_in, is_netns
 from sandbox.sandbox import Sandbox
 from sandbox.sandboxes import Sandboxes
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+SAMPLE_INTERVAL_S = 10.0  # the kubelet asks as often
+PRIMARY_INTERFACE = "eth0"
+REST_RATIO = 100  # at least this many times as long as a round of samples took passes before the next one
+
+
+@dataclass(frozen=True, slots=True)
+class PodPlaces:
+    """Where a pod's numbers are read; found on the event loop, read on a thread."""
+
+    own_cgroup: str  # that holds this pod and no other; "" where there is none
+    members: tuple[str, ...]  # the cgroups of its containers
+    netns: str  # "" on the node's network, and once stopped
+    pid: int  # some process in the network namespace; 0 where there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +47,26 @@ class _PodNumbers:
 
 
 class Stats:
-    """Reads on request, on threads of its own; `rates` remembers the samples from which nano-cores follow."""
+    """Reads on request, on `pool`. Only CPU time is sampled in the background: a rate needs an earlier sample."""
 
-    def __init__(self, cgroups: Cgroups, sandboxes: Sandboxes, containers: Containers, layers: WritableLayers) -> None:
+    def __init__(
+        self, cgroups: Cgroups, sandboxes: Sandboxes, containers: Containers, layers: WritableLayers, pool: Executor
+    ) -> None:
         self._cgroups = cgroups
         self._sandboxes = sandboxes
         self._containers = containers
         self._layers = layers
+        self._pool = pool
         self._rates = stats.CpuRates()
-        self._pool = ThreadPoolExecutor(2, "stats")
+        self._task: asyncio.Task[None] | None = None
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._sample_for_ever(), name="cpu samples")
 
-    def forget(self, id: str) -> None:
-        """Let go of what is remembered of a container or pod that is gone."""
-        self._rates.forget(id)
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def containers(self, wanted: Sequence[Container]) -> list[api.ContainerStats]:
         """One message per container; one that has ended has no CPU and memory any more."""
@@ -58,12 +77,75 @@ class Stats:
 
     async def sandboxes(self, wanted: Sequence[Sandbox]) -> list[api.PodSandboxStats]:
         """One message per pod, with those of its containers."""
-        numbers = await self._pooled(lambda: [self._read_pod(each) for each in wanted])
+        places = self.places(wanted)
+        numbers = await self._pooled(lambda: [self._read_pod(each) for each in places])
         result = []
         for sandbox, pod in zip(wanted, numbers, strict=True):
             members = [each for each in self._containers.of(sandbox.id) if each.is_visible]
             result.append(self._sandbox(sandbox, pod, await self.containers(members)))
         return result
+
+    def places(self, wanted: Iterable[Sandbox]) -> list[PodPlaces]:
+        shared = self._shared_parents()
+        return [self._places(each, shared) for each in wanted]
+
+    def _places(self, sandbox: Sandbox, shared: Set[str]) -> PodPlaces:
+        alive = [each for each in self._containers.of(sandbox.id) if each.is_alive]
+        running = (each.record.status.pid for each in alive if each.state is ContainerState.RUNNING)
+        return PodPlaces(
+            own_cgroup=self._own_cgroup(sandbox, shared),
+            members=tuple(self._containers.cgroup_path(each) for each in alive),
+            netns=self._sandboxes.netns(sandbox),
+            pid=sandbox.record.pause_pid or next(running, 0),
+        )
+
+    def _own_cgroup(self, sandbox: Sandbox, shared: Set[str]) -> str:
+        """The cgroup that holds this pod and no other; "" where there is none."""
+        if not self._sandboxes.has_own_cgroup(sandbox) or sandbox.record.cgroup_parent in shared:
+            return ""
+        return self._sandboxes.cgroup_path(sandbox)
+
+    def _shared_parents(self) -> set[str]:
+        """The cgroup parents of more than one pod. Sandboxes of one uid are one pod: the kubelet's cgroup is for it."""
+        uids: dict[str, str] = {}
+        shared = set()
+        for each in self._sandboxes.all():
+            parent, uid = each.record.cgroup_parent, each.record.spec.uid
+            if uids.setdefault(parent, uid) != uid:
+                shared.add(parent)
+        return shared
+
+    # Samples
+
+    async def _sample_for_ever(self) -> None:
+        while True:
+            started = time.monotonic()
+            try:
+                await self._sample()
+            except OSError as error:
+                _log.warning("CPU samples: %s", error)
+            took_s = time.monotonic() - started
+            await asyncio.sleep(max(SAMPLE_INTERVAL_S, REST_RATIO * took_s))
+
+    async def _sample(self) -> None:
+        """Read the CPU time of all that runs: one small file each."""
+        alive = [each for each in self._containers.all() if each.is_alive]
+        pods, shared = self._sandboxes.all(), self._shared_parents()
+        paths: dict[str, tuple[str, int]] = {
+            each.id: (self._containers.cgroup_path(each), each.record.requested_at) for each in alive
+        }
+        paths |= {
+            each.id: (path, each.record.requested_at) for each in pods if (path := self._own_cgroup(each, shared))
+        }
+        found = await self._pooled(
+            lambda: {id: stats.cpu_usage(self._cgroups, path) for id, (path, _) in paths.items()}
+        )
+        for id, sample in found.items():
+            if sample is not None:
+                self._rates.usage_nano_cores(id, *sample, since=paths[id][1])
+        self._rates.keep_only([*(each.id for each in self._containers.all()), *(each.id for each in pods)])
+
+    # Reading, on a thread
 
     def _read(self, path: str) -> stats.CgroupStats | None:
         try:
@@ -71,20 +153,13 @@ class Stats:
         except NotFound:
             return None  # it has ended meanwhile
 
-    def _read_pod(self, sandbox: Sandbox) -> _PodNumbers:
-        netns = self._sandboxes.netns(sandbox)
-        pid = sandbox.record.pause_pid or self._pid_in(sandbox)
-        interfaces: tuple[InterfaceStats, ...] = ()
-        if netns and pid and Path(netns).exists():
-            with contextlib.suppress(OSError):  # the process has ended: the pod has no traffic to tell of
-                interfaces = interface_stats(pid)
-        path = self._sandboxes.cgroup_path(sandbox) if self._sandboxes.has_own_cgroup(sandbox) else ""
-        return _PodNumbers(self._read(path), interfaces)
+    def _read_pod(self, places: PodPlaces) -> _PodNumbers:
+        if places.own_cgroup:
+            return _PodNumbers(self._read(places.own_cgroup), read_interfaces(places))
+        parts = [found for path in places.members if (found := self._read(path)) is not None]
+        return _PodNumbers(stats.total(parts) if parts else None, read_interfaces(places))
 
-    def _pid_in(self, sandbox: Sandbox) -> int:
-        """Some process of the pod, where it has no pause."""
-        running = (each for each in self._containers.of(sandbox.id) if each.state is ContainerState.RUNNING)
-        return next((each.record.status.pid for each in running), 0)
+    # Messages
 
     def _container(
         self, container: Container, numbers: stats.CgroupStats | None, layer: LayerUsage
@@ -107,7 +182,7 @@ class Stats:
         if numbers is not None:
             message.MergeFrom(
                 api.ContainerStats(
-                    cpu=self._cpu(record.id, numbers),
+                    cpu=self._cpu(record.id, numbers, record.requested_at),
                     memory=_memory(numbers),
                     swap=_swap(numbers),
                     io=_io(numbers),
@@ -125,7 +200,7 @@ class Stats:
         if pod.cgroup is not None:
             linux.MergeFrom(
                 api.LinuxPodSandboxStats(
-                    cpu=self._cpu(record.id, pod.cgroup),
+                    cpu=self._cpu(record.id, pod.cgroup, record.requested_at),
                     memory=_memory(pod.cgroup),
                     process=_processes(pod.cgroup),
                     io=_io(pod.cgroup),
@@ -141,19 +216,28 @@ class Stats:
             linux=linux,
         )
 
-    def _cpu(self, id: str, numbers: stats.CgroupStats) -> api.CpuUsage | None:
+    def _cpu(self, id: str, numbers: stats.CgroupStats, since: int) -> api.CpuUsage | None:
         if numbers.cpu is None:
             return None
         usage = numbers.cpu.usage_core_ns
         return api.CpuUsage(
             timestamp=numbers.timestamp,
             usage_core_nano_seconds=_value(usage),
-            usage_nano_cores=_value(self._rates.usage_nano_cores(id, numbers.timestamp, usage)),
+            usage_nano_cores=_value(self._rates.usage_nano_cores(id, numbers.timestamp, usage, since)),
             psi=_psi(numbers.cpu.psi),
         )
 
     async def _pooled(self, leaf: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, leaf)
+
+
+def read_interfaces(places: PodPlaces) -> tuple[InterfaceStats, ...]:
+    """The pod's interfaces; none for a pod on the node's network, or one that is ending."""
+    if not places.netns or not is_netns(places.netns):
+        return ()
+    with contextlib.suppress(OSError):
+        return interface_stats(places.pid) if places.pid else interface_stats_in(places.netns)
+    return ()
 
 
 def _memory(numbers: stats.CgroupStats) -> api.MemoryUsage | None:
@@ -194,8 +278,8 @@ def _processes(numbers: stats.CgroupStats) -> api.ProcessUsage | None:
     return api.ProcessUsage(timestamp=numbers.timestamp, process_count=_value(numbers.processes))
 
 
-def _network(interfaces: Sequence[InterfaceStats]) -> api.NetworkUsage:
-    """The first interface is the pod's primary one: CNI makes eth0 first."""
+def _network(interfaces: Iterable[InterfaceStats]) -> api.NetworkUsage:
+    """CNI calls the pod's primary interface eth0; without one the first by name stands for it."""
     usages = [
         api.NetworkInterfaceUsage(
             name=each.name,
@@ -204,7 +288,7 @@ def _network(interfaces: Sequence[InterfaceStats]) -> api.NetworkUsage:
             tx_bytes=_value(each.tx_bytes),
             tx_errors=_value(each.tx_errors),
         )
-        for each in sorted(interfaces, key=lambda each: each.name)
+        for each in sorted(interfaces, key=lambda each: (each.name != PRIMARY_INTERFACE, each.name))
     ]
     return api.NetworkUsage(timestamp=time.time_ns(), default_interface=usages[0], interfaces=usages[1:])
 

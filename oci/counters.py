@@ -1,0 +1,292 @@
+"""The finer counters of one cgroup, v1 or v2, and of its processes: what cAdvisor's Prometheus metrics told of it.
+
+A value that the host does not count is None, never 0.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from oci.errors import NotFound
+from oci.linux import cgroup_files, open_files
+from oci.linux.cgroup import Cgroups
+from oci.stats import Psi, counting_hierarchy, psi
+
+_USER_HZ_NS = 10_000_000  # cpuacct.stat counts in hundredths of a second on every architecture
+
+
+@dataclass(frozen=True, slots=True)
+class CpuCounters:
+    usage_ns: int
+    user_ns: int | None
+    system_ns: int | None
+    periods: int | None
+    throttled_periods: int | None
+    throttled_ns: int | None
+    psi: Psi | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryCounters:
+    usage_bytes: int
+    working_set_bytes: int
+    max_usage_bytes: int | None
+    rss_bytes: int
+    cache_bytes: int
+    kernel_bytes: int | None
+    mapped_file_bytes: int
+    swap_bytes: int | None
+    active_file_bytes: int
+    inactive_file_bytes: int
+    limit_hits: int | None
+    oom_kills: int | None
+    page_faults: int  # of the cgroup's own processes; v2 tells only those with all below it
+    major_page_faults: int
+    total_page_faults: int  # with all below it
+    total_major_page_faults: int
+    psi: Psi | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceIo:
+    """One kind of transfer ("Read", "Write", "Discard" …) of one block device."""
+
+    major: int
+    minor: int
+    operation: str
+    bytes: int | None
+    operations: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class HugePages:
+    size: str  # "2MB"
+    usage_bytes: int
+    max_usage_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessCounters:
+    processes: int
+    threads: int | None
+    threads_max: int | None  # 0 is unlimited
+    files: open_files.OpenFiles
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """One look at one cgroup, everything below it included."""
+
+    cpu: CpuCounters | None
+    memory: MemoryCounters | None
+    io: tuple[DeviceIo, ...]
+    io_psi: Psi | None
+    huge_pages: tuple[HugePages, ...]
+    processes: ProcessCounters | None
+
+
+def read(cgroups: Cgroups, path: str) -> Counters:
+    """Raises NotFound when there is no such cgroup (any more)."""
+    if not cgroups.exists(path):
+        raise NotFound(f"counters of cgroup {path}: there is no such cgroup")
+    unified = counting_hierarchy(cgroups)
+    if unified is not None:
+        return _read_unified(unified.mountpoint / path.strip("/"))
+    return _read_v1(lambda controller: cgroups.directory(controller, path))
+
+
+# --- v2
+
+
+def _read_unified(directory: Path) -> Counters:
+    return Counters(
+        cpu=_unified_cpu(directory),
+        memory=_unified_memory(directory),
+        io=tuple(_unified_io(cgroup_files.text(directory / "io.stat") or "")),
+        io_psi=psi(directory / "io.pressure"),
+        huge_pages=tuple(_huge_pages(directory, "current", "")),
+        processes=_processes(directory),
+    )
+
+
+def _unified_cpu(directory: Path) -> CpuCounters | None:
+    stat = cgroup_files.table(directory / "cpu.stat")
+    usage = _from_microseconds(stat.get("usage_usec"))
+    if usage is None:
+        return None
+    return CpuCounters(
+        usage_ns=usage,
+        user_ns=_from_microseconds(stat.get("user_usec")),
+        system_ns=_from_microseconds(stat.get("system_usec")),
+        periods=stat.get("nr_periods"),
+        throttled_periods=stat.get("nr_throttled"),
+        throttled_ns=_from_microseconds(stat.get("throttled_usec")),
+        psi=psi(directory / "cpu.pressure"),
+    )
+
+
+def _from_microseconds(value: int | None) -> int | None:
+    return None if value is None else value * 1000
+
+
+def _unified_memory(directory: Path) -> MemoryCounters | None:
+    usage = cgroup_files.number(directory / "memory.current")
+    if usage is None:
+        return None
+    stat = cgroup_files.table(directory / "memory.stat")
+    events = cgroup_files.table(directory / "memory.events")
+    faults, major_faults = stat.get("pgfault", 0), stat.get("pgmajfault", 0)
+    return MemoryCounters(
+        usage_bytes=usage,
+        working_set_bytes=max(0, usage - stat.get("inactive_file", 0)),
+        max_usage_bytes=cgroup_files.number(directory / "memory.peak"),
+        rss_bytes=stat.get("anon", 0),
+        cache_bytes=stat.get("file", 0),
+        kernel_bytes=_unified_kernel(stat),
+        mapped_file_bytes=stat.get("file_mapped", 0),
+        swap_bytes=cgroup_files.number(directory / "memory.swap.current"),
+        active_file_bytes=stat.get("active_file", 0),
+        inactive_file_bytes=stat.get("inactive_file", 0),
+        limit_hits=events.get("max"),
+        oom_kills=events.get("oom_kill"),
+        page_faults=faults,
+        major_page_faults=major_faults,
+        total_page_faults=faults,
+        total_major_page_faults=major_faults,
+        psi=psi(directory / "memory.pressure"),
+    )
+
+
+def _unified_kernel(stat: dict[str, int]) -> int | None:
+    """The sum itself is there since Linux 5.18."""
+    parts = ("kernel_stack", "pagetables", "percpu", "sock", "slab", "vmalloc")
+    if "kernel" in stat:
+        return stat["kernel"]
+    return sum(stat.get(part, 0) for part in parts) if "kernel_stack" in stat else None
+
+
+def _unified_io(text: str) -> Iterator[DeviceIo]:
+    """Lines like "8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6"; a device without traffic has no pairs."""
+    for line in text.splitlines():
+        device, *words = line.split()
+        major, _, minor = device.partition(":")
+        pairs = {name: int(value) for name, _, value in (word.partition("=") for word in words) if value.isdecimal()}
+        if not (major.isdecimal() and minor.isdecimal()):
+            continue
+        for operation, letter in (("Read", "r"), ("Write", "w"), ("Discard", "d")):
+            if f"{letter}bytes" in pairs:
+                count, operations = pairs[f"{letter}bytes"], pairs.get(f"{letter}ios")
+                yield DeviceIo(int(major), int(minor), operation, count, operations)
+
+
+# --- v1
+
+
+def _read_v1(directory_of: Callable[[str], Path | None]) -> Counters:
+    accounted, cpu, memory = directory_of("cpuacct"), directory_of("cpu"), directory_of("memory")
+    blkio, hugetlb, pids = directory_of("blkio"), directory_of("hugetlb"), directory_of("pids")
+    return Counters(
+        cpu=_v1_cpu(accounted, cpu) if accounted else None,
+        memory=_v1_memory(memory) if memory else None,
+        io=tuple(_v1_io(blkio)) if blkio else (),
+        io_psi=None,
+        huge_pages=tuple(_huge_pages(hugetlb, "usage_in_bytes", "max_usage_in_bytes")) if hugetlb else (),
+        processes=_processes(pids) if pids else None,
+    )
+
+
+def _v1_cpu(accounted: Path, cpu: Path | None) -> CpuCounters | None:
+    usage = cgroup_files.number(accounted / "cpuacct.usage")
+    if usage is None:
+        return None
+    ticks = cgroup_files.table(accounted / "cpuacct.stat")
+    stat = cgroup_files.table(cpu / "cpu.stat") if cpu else {}
+    return CpuCounters(
+        usage_ns=usage,
+        user_ns=ticks["user"] * _USER_HZ_NS if "user" in ticks else None,
+        system_ns=ticks["system"] * _USER_HZ_NS if "system" in ticks else None,
+        periods=stat.get("nr_periods"),
+        throttled_periods=stat.get("nr_throttled"),
+        throttled_ns=stat.get("throttled_time"),
+    )
+
+
+def _v1_memory(directory: Path) -> MemoryCounters | None:
+    usage = cgroup_files.number(directory / "memory.usage_in_bytes")
+    if usage is None:
+        return None
+    stat = cgroup_files.table(directory / "memory.stat")
+    return MemoryCounters(
+        usage_bytes=usage,
+        working_set_bytes=max(0, usage - stat.get("total_inactive_file", 0)),
+        max_usage_bytes=cgroup_files.number(directory / "memory.max_usage_in_bytes"),
+        rss_bytes=stat.get("total_rss", 0),
+        cache_bytes=stat.get("total_cache", 0),
+        kernel_bytes=cgroup_files.number(directory / "memory.kmem.usage_in_bytes"),
+        mapped_file_bytes=stat.get("total_mapped_file", 0),
+        swap_bytes=stat.get("total_swap"),
+        active_file_bytes=stat.get("total_active_file", 0),
+        inactive_file_bytes=stat.get("total_inactive_file", 0),
+        limit_hits=cgroup_files.number(directory / "memory.failcnt"),
+        oom_kills=cgroup_files.table(directory / "memory.oom_control").get("oom_kill"),
+        page_faults=stat.get("pgfault", 0),
+        major_page_faults=stat.get("pgmajfault", 0),
+        total_page_faults=stat.get("total_pgfault", 0),
+        total_major_page_faults=stat.get("total_pgmajfault", 0),
+    )
+
+
+def _v1_io(directory: Path) -> Iterator[DeviceIo]:
+    sizes = _by_device(cgroup_files.text(directory / "blkio.throttle.io_service_bytes_recursive"))
+    counts = _by_device(cgroup_files.text(directory / "blkio.throttle.io_serviced_recursive"))
+    for key in sorted({**sizes, **counts}):
+        yield DeviceIo(*key, sizes.get(key), counts.get(key))
+
+
+def _by_device(text: str | None) -> dict[tuple[int, int, str], int]:
+    """Lines like "8:0 Read 4096". The kernel's own "Total" of each device, and of all, are left out."""
+    found = {}
+    for fields in (line.split() for line in (text or "").splitlines()):
+        if len(fields) == 3 and fields[1] != "Total":
+            major, _, minor = fields[0].partition(":")
+            found[int(major), int(minor), fields[1]] = int(fields[2])
+    return found
+
+
+# --- both
+
+
+def _huge_pages(directory: Path, usage: str, most: str) -> Iterator[HugePages]:
+    for size in _huge_page_sizes():
+        used = cgroup_files.number(directory / f"hugetlb.{size}.{usage}")
+        if used is not None:
+            yield HugePages(size, used, cgroup_files.number(directory / f"hugetlb.{size}.{most}") if most else None)
+
+
+def _huge_page_sizes() -> list[str]:
+    """The sizes that this kernel has, in the words of the hugetlb controller: "64KB", "2MB", "1GB"."""
+    try:
+        names = [each.name for each in Path("/sys/kernel/mm/hugepages").iterdir()]
+    except OSError:
+        return []
+    sizes = sorted(int(name.removeprefix("hugepages-").removesuffix("kB")) for name in names)
+    return [_in_words(size) for size in sizes]
+
+
+def _in_words(kilobytes: int) -> str:
+    if kilobytes >= 1 << 20:
+        return f"{kilobytes >> 20}GB"
+    return f"{kilobytes >> 10}MB" if kilobytes >= 1 << 10 else f"{kilobytes}KB"
+
+
+def _processes(directory: Path) -> ProcessCounters | None:
+    if not directory.is_dir():
+        return None
+    pids = cgroup_files.processes(directory)
+    most = (cgroup_files.text(directory / "pids.max") or "").strip()
+    return ProcessCounters(
+        processes=len(pids),
+        threads=cgroup_files.number(directory / "pids.current"),
+        threads_max=None if not most else int(most) if most.isdecimal() else 0,
+        files=open_files.count(pids),
+    )
