@@ -41,13 +41,13 @@ while true; do sleep 0.1; done
 """
 # What the harness looks for, and what it is called here.
 TRACES = {
-    "processes": "processes",
-    "mounts": "mounts",
-    "cgroups": "cgroups",
-    "links": "network links",
-    "leases": "addresses",
-    "firewall": "firewall rules",
-    "files": "files",
+    "processes": ("process", "processes"),
+    "mounts": ("mount", "mounts"),
+    "cgroups": ("cgroup", "cgroups"),
+    "links": ("network link", "network links"),
+    "leases": ("address", "addresses"),
+    "firewall": ("firewall rule", "firewall rules"),
+    "files": ("file", "files"),
 }
 
 
@@ -120,7 +120,8 @@ def _show(directory: Path, stack: contextlib.ExitStack) -> None:
 
     title("Stop and remove")
     added = leftovers.added(before, daemon.traces())
-    say("the pod had", ", ".join(f"{len(added[kind])} {name}" for kind, name in TRACES.items() if added.get(kind)))
+    counted = [f"{len(added[kind])} {names[len(added[kind]) > 1]}" for kind, names in TRACES.items() if kind in added]
+    say("the pod had", ", ".join(counted))
     with timed("stop container", "SIGTERM, and SIGKILL had it not ended in 10 s"):
         client.stop(container, grace_s=10)
     say("", f"exit code {client.status(container).exit_code}")
