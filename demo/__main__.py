@@ -29,6 +29,7 @@ from tests.e2e.harness.registry import Registry, running_registry
 from tests.hugetlb import hugetlb_hierarchy
 
 PORT = 8080
+IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 BALLAST_BYTES = 64 << 20
 SERVER = f"""
 echo Hello from $HOSTNAME
@@ -58,6 +59,7 @@ def main() -> int:
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         stack.enter_context(hugetlb_hierarchy())
+        stack.callback(IP_FORWARD.write_text, IP_FORWARD.read_text())  # the bridge plugin turns it on
         directory = Path(tempfile.mkdtemp(prefix="crito-demo-"))
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         _show(directory, stack)
