@@ -218,6 +218,11 @@ class Images:
         """How far each pull and load under way is."""
         return tuple(self._progress.values())
 
+    @property
+    def worker_pids(self) -> tuple[int, ...]:
+        """The worker processes there are now, idle ones too."""
+        return tuple(self._workers.pids)
+
     async def raw_documents(self, image_id: str) -> tuple[str, str]:
         """Config and manifest as they were pulled; the manifest is "" where the source had none."""
         record = await self._db(self._store.image, image_id)

@@ -36,7 +36,7 @@ _CHUNK_BYTES = 1 << 18
 _REDIRECT_LIMIT = 5
 _TOKEN_LIMIT_BYTES = 1 << 20
 _ERROR_LIMIT_BYTES = 4096
-_TRIES = 3
+_TRIES = 2  # besides the first, of a request that a busy or failing server refuses
 _RESUMES = 5  # of one blob, without a byte gained in between
 _RETRY_AFTER_LIMIT_S = 20.0
 _DOCUMENT_DEADLINE_S = 60.0
@@ -132,7 +132,7 @@ class Registry:
                 failures = 1 if done > before else failures + 1
                 if failures > _RESUMES:
                     raise self._unavailable(path, f"{_reason(error)} at byte {done} of {size_bytes}") from error
-                time.sleep(min(0.2 * 2**failures, 5.0))
+                time.sleep(0.1 * 2**failures)
 
     def _range(self, path: str, start: int, size_bytes: int) -> Iterator[bytes]:
         response = self._get(path, {"Range": f"bytes={start}-"} if start else {})

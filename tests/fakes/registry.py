@@ -4,6 +4,7 @@ import json
 import re
 import ssl
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -73,6 +74,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         registry = self.served
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
         registry.asked[self.path] += 1
         registry.headers_seen.append({key.lower(): value for key, value in self.headers.items()})
         for pattern, answer in registry.trouble.items():
@@ -163,6 +165,16 @@ def token_server(answers: dict[str, str]) -> Answer:
             handler.send(200, json.dumps({"token": token}).encode())
 
     return answer
+
+
+def after(seconds: float, answer: Answer | None = None) -> Answer:
+    """Waits, then does `answer`, or answers honestly."""
+
+    def wait(handler: Handler) -> None:
+        time.sleep(seconds)
+        answer(handler) if answer is not None else handler.answer()
+
+    return wait
 
 
 def wants(authorization: str, challenge: str) -> Answer:
