@@ -3,7 +3,7 @@
 import json
 from collections.abc import AsyncIterator
 from hashlib import sha256
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -30,7 +30,6 @@ from sandbox.sandbox import Sandbox
 from sandbox.sandboxes import Sandboxes
 
 Context = grpc.aio.ServicerContext[Any, Any]
-T = TypeVar("T")
 
 CRI_VERSION = "0.1.0"  # what every runtime and the kubelet say in VersionResponse.version
 
