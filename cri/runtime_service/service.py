@@ -16,6 +16,7 @@ from cri.chunks import chunks
 from cri.image_service.images import Image, Images
 from cri.runtime_service import filters, from_cri, to_cri
 from cri.runtime_service.events import ContainerEvents
+from cri.runtime_service.exec import Streaming
 from cri.runtime_service.metrics import PodMetrics
 from cri.runtime_service.stats import Stats
 from cri.runtime_service.status import RuntimeStatus
@@ -46,6 +47,7 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
         stats: Stats,
         metrics: PodMetrics,
         status: RuntimeStatus,
+        streaming: Streaming,
     ) -> None:
         self._changes = changes
         self._sandboxes = sandboxes
@@ -56,6 +58,7 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
         self._stats = stats
         self._metrics = metrics
         self._status = status
+        self._streaming = streaming
 
     # The runtime
 
@@ -222,16 +225,16 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
         return api.ExecSyncResponse(stdout=result.stdout, stderr=result.stderr, exit_code=result.exit_code)
 
     async def Exec(self, request: api.ExecRequest, context: Context) -> api.ExecResponse:
-        self._containers.get(_required(request, "container_id"))
-        raise Unimplemented("Exec: there is no streaming server in this version; ExecSync works")
+        _required(request, "container_id")
+        return api.ExecResponse(url=await self._streaming.exec(request))
 
     async def Attach(self, request: api.AttachRequest, context: Context) -> api.AttachResponse:
-        self._containers.get(_required(request, "container_id"))
-        raise Unimplemented("Attach: there is no streaming server in this version")
+        _required(request, "container_id")
+        return api.AttachResponse(url=await self._streaming.attach(request))
 
     async def PortForward(self, request: api.PortForwardRequest, context: Context) -> api.PortForwardResponse:
-        self._sandboxes.get(_required(request, "pod_sandbox_id"))
-        raise Unimplemented("PortForward: there is no streaming server in this version")
+        _required(request, "pod_sandbox_id")
+        return api.PortForwardResponse(url=await self._streaming.port_forward(request))
 
     # Statistics and events
 

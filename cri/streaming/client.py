@@ -1,6 +1,7 @@
 """The daemon's side of the stream server: started where there is none, replaced where it is another version's."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from cri.streaming.control import SOCKET, encode_target
 from cri.streaming.settings import StreamSettings
 from cri.streaming.targets import Target, kind_of
 from oci import monitor_client
-from oci.errors import ResourceExhausted, Unavailable
+from oci.errors import Error, ResourceExhausted, Unavailable
 from oci.monitor_client import DEFAULT_ENVIRONMENT, Connection
 from oci.version import VERSION
 from sandbox.network import interfaces
@@ -57,11 +58,11 @@ class Streams:
 
     async def retire(self) -> None:
         """Let it end: at once, or after its last session. Starts none to do so."""
-        if self._connection is not None and self._connection.is_open:
-            answer, _ = await self._connection.call("retire", timeout_s=RETIRE_S)
-            if not answer["sessions"]:
-                await monitor_client._wait_gone(self.pid, RETIRE_S)
-        self.close()
+        async with self._connecting:  # one that is just being started is ended, too
+            if self._connection is not None and self._connection.is_open:
+                with contextlib.suppress(Error, TimeoutError):
+                    await _retire(self._connection)
+            self.close()
 
     def close(self) -> None:
         """Let go of it; it goes on."""
@@ -128,6 +129,16 @@ class Streams:
             listener.close()
             raise Unavailable(f"streams cannot be served on {address} port {port}: {error.strerror}") from error
         return listener
+
+
+async def _retire(connection: Connection) -> None:
+    """Returns when it has gone; at once where sessions keep it. Raises Error or TimeoutError."""
+    gone = asyncio.Event()
+    connection.on_lost = gone.set
+    answer, _ = await connection.call("retire", timeout_s=RETIRE_S)
+    if not answer["sessions"]:
+        async with asyncio.timeout(RETIRE_S):
+            await gone.wait()
 
 
 def program(settings: StreamSettings) -> str:

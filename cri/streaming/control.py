@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 SOCKET = "streaming.sock"
 LONELY_S = 60.0  # without a daemon and without a session it is of no use
-LOOK_S = 0.5
+LOOK_S = 0.1
 
 
 class Control:
