@@ -42,7 +42,6 @@ from cri.server import Server
 from oci.bundle import Bundles
 from oci.clock import Clock
 from oci.container import ContainerRecord
-from oci.container_spec import ContainerId
 from oci.containers import Containers, ContainerSettings
 from oci.errors import Error, FailedPrecondition, InvalidArgument
 from oci.events import Bus, Event, EventKind
@@ -239,13 +238,16 @@ class Daemon:
     # Events and numbers
 
     async def _follow_events(self) -> None:
-        """Count OOM kills, and forget the layers of what is gone."""
+        """Count OOM kills, and what containers have written when they end; forget what is gone."""
         async for event in self._events.listen():
-            container = self._containers.find(event.id)
+            if not isinstance(event.record, ContainerRecord):
+                continue
             if event.kind is EventKind.DELETED:
-                self._layers.forget(ContainerId(event.id))
-            elif event.kind is EventKind.STOPPED and container and container.record.status.reason == REASON_OOM_KILLED:
-                self._counts.container_oom()
+                self._layers.forget(event.record.id)
+            elif event.kind is EventKind.STOPPED:
+                self._layers.ended(event.record.id)
+                if event.record.status.reason == REASON_OOM_KILLED:
+                    self._counts.container_oom()
 
     def _register_gauges(self) -> None:
         gauge = self._counts.gauge

@@ -1,6 +1,7 @@
 """How much containers have written, counted in the background: asking costs nothing and touches no disk."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,8 @@ from pathlib import Path
 from oci.container_spec import ContainerId
 from oci.linux.tree import Usage
 from oci.rootfs import Rootfs
+
+_log = logging.getLogger(__name__)
 
 INTERVAL_S = 10.0  # the kubelet looks for eviction as often
 REST_RATIO = 20  # at least this many times as long as a round took passes before the next one
@@ -30,6 +33,7 @@ class WritableLayers:
         self._rootfs = rootfs
         self._alive = alive
         self._usage: dict[ContainerId, LayerUsage] = {}
+        self._ended: set[ContainerId] = set()  # to be counted a last time
         self._pool = ThreadPoolExecutor(1, "usage")
         self._task: asyncio.Task[None] | None = None
 
@@ -52,18 +56,32 @@ class WritableLayers:
         counts = self._usage.values()
         return LayerUsage(sum(each.used_bytes for each in counts), sum(each.inodes for each in counts), time.time_ns())
 
+    def ended(self, id: ContainerId) -> None:
+        """The container can write no more: what it wrote last is counted in the next round."""
+        self._ended.add(id)
+
     def forget(self, id: ContainerId) -> None:
         self._usage.pop(id, None)
+        self._ended.discard(id)
 
     async def _count(self, id: ContainerId) -> LayerUsage:
         usage: Usage = await asyncio.get_running_loop().run_in_executor(self._pool, self._rootfs.usage, id)
         result = self._usage[id] = LayerUsage(usage.bytes, usage.inodes, time.time_ns())
         return result
 
+    def _gone(self, ids: Iterable[ContainerId]) -> list[ContainerId]:
+        return [id for id in ids if not self._rootfs.writable_layer(id).exists()]
+
     async def _count_for_ever(self) -> None:
         while True:
             started = time.monotonic()
-            for id in list(self._alive()):
-                await self._count(id)
+            for id in [*self._alive(), *self._ended]:
+                self._ended.discard(id)
+                try:
+                    await self._count(id)
+                except OSError as error:
+                    _log.warning("cannot count what container %s has written: %s", id, error)
+            for id in await asyncio.get_running_loop().run_in_executor(self._pool, self._gone, list(self._usage)):
+                self.forget(id)  # it was asked for while it was being removed
             took_s = time.monotonic() - started
             await asyncio.sleep(max(INTERVAL_S, REST_RATIO * took_s))

@@ -213,13 +213,14 @@ def _mounted_device(number: str) -> str:
 
 
 def _block_device(device: DeviceIo) -> str:
-    """The path of a block device's node; "" for one that is gone."""
+    """The path of a block device's node; its number for one that is gone."""
+    number = f"{device.major}:{device.minor}"
     try:
-        lines = Path(f"/sys/dev/block/{device.major}:{device.minor}/uevent").read_text().splitlines()
+        lines = Path(f"/sys/dev/block/{number}/uevent").read_text().splitlines()
     except OSError:
-        return ""
+        return number
     names = (line.removeprefix("DEVNAME=") for line in lines if line.startswith("DEVNAME="))
-    return next((f"/dev/{name}" for name in names), "")
+    return next((f"/dev/{name}" for name in names), number)
 
 
 # How a value is found in a sample
