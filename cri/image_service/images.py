@@ -358,7 +358,7 @@ class Images:
             return await self._load(path, name, scratch, progress)
         finally:
             self._progress.pop(key, None)
-            self._discard(scratch)
+            await asyncio.shield(self._discard(scratch))
 
     async def _load(self, path: Path, name: Reference | None, scratch: Path, progress: Progress) -> tuple[Image, ...]:
         scopes = await asyncio.to_thread(policy.file_scopes, path)
@@ -506,8 +506,8 @@ class Images:
     async def _with_implied(self, image_id: str, diff_ids: tuple[str, ...]) -> tuple[str, ...]:
         """The image's layers; on top a small one of its own where directories need attributes from lower layers."""
         diff_ids = _without_repeats(diff_ids)
-        if not any(self._layers[diff_id].implied for diff_id in diff_ids):
-            return diff_ids
+        if len(diff_ids) < 2 or not any(self._layers[diff_id].implied for diff_id in diff_ids[1:]):
+            return diff_ids  # the lowest has nothing below that could know better
         own = f"implied:{image_id.rpartition(':')[2]}"
         if own in self._layers:
             return (*diff_ids, own)
@@ -606,13 +606,13 @@ class Images:
                 self._leaving.pop(diff_id, None)
         self._empty_trash(gone)
 
-    def _discard(self, path: Path) -> None:
+    def _discard(self, path: Path) -> asyncio.Task[None]:
         async def discard() -> None:
             gone = await self._db(self._directory.discard, path)
             if gone is not None:
                 self._empty_trash([gone])
 
-        self._spawn(discard())
+        return self._spawn(discard())
 
     def _empty_trash(self, paths: Sequence[Path]) -> None:
         async def remove() -> None:

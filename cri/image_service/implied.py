@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cri.image_service.unpack import sync_filesystem
@@ -26,68 +26,62 @@ class _Attributes:
     xattrs: tuple[tuple[str, bytes], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    tree: Path
+    implied: frozenset[str]  # "" is the root
+
+
 def make_implied_layer(layers: Sequence[tuple[Path, Sequence[str]]], directory: Path) -> int:
     """Makes `directory`/diff for an image of `layers` (tree and implied directories, lowest first), and syncs it.
 
     Returns the inodes made; 0, and nothing is there, where every directory looks right already.
     """
-    wrong = _wrong_directories(layers)
+    stack = [_Layer(tree, frozenset(implied)) for tree, implied in reversed(layers)]  # highest first
+    wrong = _wrong_directories(stack)
     if not wrong:
         return 0
     top = directory / "diff"
     top.mkdir(parents=True, mode=0o755)
     needed = sorted({way for path in wrong for way in _ways(path)})
     for path in needed:
-        (top / path).mkdir(exist_ok=True)
+        (top / path).mkdir()
     for path in ["", *needed][::-1]:
-        seen = _seen(layers, len(layers), path)
-        if seen is not None:
-            _apply(top / path, wrong.get(path, seen))
+        _apply(top / path, wrong.get(path) or _shown(stack, path))
     sync_filesystem(top)
     return len(needed) + 1
 
 
-def _wrong_directories(layers: Sequence[tuple[Path, Sequence[str]]]) -> dict[str, _Attributes]:
+def _wrong_directories(stack: Sequence[_Layer]) -> dict[str, _Attributes]:
+    """The directories that would show other attributes than the image says, and what it says."""
     wrong = {}
-    for at, (tree, implied) in enumerate(layers):
-        for path in implied:
-            below = _described(layers, at, path)
-            if below is None or not _shows(layers, at, path):
-                continue
-            if below != _attributes(tree / path):
-                wrong[path] = below
+    for path in {path for layer in stack for path in layer.implied}:
+        said = _described(stack, path)
+        if said is not None and not _alike(said, _shown(stack, path), path):
+            wrong[path] = said
     return wrong
 
 
-def _described(layers: Sequence[tuple[Path, Sequence[str]]], end: int, path: str) -> _Attributes | None:
-    """What the layers below number `end` say of the directory; None where they have none, or it is hidden there."""
-    if _is_opaque_on_the_way(layers[end][0], path):
-        return None
-    for tree, implied in reversed(layers[:end]):
-        state = _state(tree, path)
-        if state == "other":
-            return None
-        if state == "directory" and path not in implied:
-            return _attributes(tree / path)
-        if _is_opaque_on_the_way(tree, path):
+def _described(stack: Sequence[_Layer], path: str) -> _Attributes | None:
+    """What the highest layer that describes the directory says; None where none does that the image still shows."""
+    for layer in stack:
+        state = _state(layer.tree, path)
+        if state == "directory" and path not in layer.implied:
+            return _attributes(layer.tree / path)
+        if state == "other" or _hides_below(layer.tree, path):
             return None
     return None
 
 
-def _shows(layers: Sequence[tuple[Path, Sequence[str]]], at: int, path: str) -> bool:
-    """Whether the directory of layer `at` is what the image shows: no layer above hides or describes it."""
-    for tree, implied in layers[at + 1 :]:
-        state = _state(tree, path)
-        if state == "other" or (state == "directory" and path not in implied) or _is_opaque_on_the_way(tree, path):
-            return False
-    return True
+def _shown(stack: Sequence[_Layer], path: str) -> _Attributes:
+    """What the overlay would show: the highest layer's."""
+    tree = next(layer.tree for layer in stack if _state(layer.tree, path) == "directory")
+    return _attributes(tree / path)
 
 
-def _seen(layers: Sequence[tuple[Path, Sequence[str]]], end: int, path: str) -> _Attributes | None:
-    for tree, _ in reversed(layers[:end]):
-        if _state(tree, path) == "directory":
-            return _attributes(tree / path)
-    return None
+def _alike(said: _Attributes, shown: _Attributes, path: str) -> bool:
+    """The root's time alone is not worth a layer: most archives leave the root out."""
+    return said == (shown if path else replace(shown, mtime_ns=said.mtime_ns))
 
 
 def _state(tree: Path, path: str) -> str:
@@ -102,8 +96,9 @@ def _state(tree: Path, path: str) -> str:
     return "directory"
 
 
-def _is_opaque_on_the_way(tree: Path, path: str) -> bool:
-    for way in _ways(path):
+def _hides_below(tree: Path, path: str) -> bool:
+    """Whether a directory above `path` hides what lower layers have in it; an opaque `path` still is the same one."""
+    for way in _ways(path)[:-1]:
         with suppress(OSError):
             if os.getxattr(tree / way, _OPAQUE_XATTR, follow_symlinks=False) == b"y":
                 return True

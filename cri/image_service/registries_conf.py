@@ -1,6 +1,7 @@
 """Where an image is fetched from: containers-registries.conf(5), versions 2 and 1, with its drop-ins."""
 
 import logging
+import threading
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -129,6 +130,7 @@ class RegistriesFiles:
     def __init__(self, path: Path | None, directory: Path | None) -> None:
         self._path = path
         self._directory = directory
+        self._reading = threading.Lock()  # pulls ask from several threads at once
         self._seen: object = None
         self._good: RegistriesConf | None = None
         self._error: Error | None = None
@@ -137,9 +139,10 @@ class RegistriesFiles:
         """Raises FailedPrecondition naming file and key where no good configuration was ever read. Reads files."""
         paths = self._paths()
         seen = [(path, _signature(path)) for path in paths]
-        if seen != self._seen:
-            self._seen = seen
-            self._read(paths)
+        with self._reading:
+            if seen != self._seen:
+                self._read(paths)
+                self._seen = seen
         if self._good is None:
             raise self._error or FailedPrecondition("registries.conf was not read")
         return self._good

@@ -79,6 +79,9 @@ def unpack(stream: Stream, directory: Path) -> Unpacked:
     return Unpacked(tree.usage.size_bytes, tree.usage.inodes, tree.implied())
 
 
+_NEW_DIRECTORY = _Attributes(0o755, 0, 0, 0)
+
+
 class _Directory(NamedTuple):
     fd: int
     path: bytes  # from the root, without symbolic links
@@ -95,7 +98,7 @@ class _Tree:
         self._trashed = 0
         self._open: dict[bytes, _Directory] = {}  # by the path as entries spell it
         self._stale: list[int] = []  # fds that the entry being added may still use
-        self._directories: dict[bytes, _Attributes | None] = {}  # by real path; None: implied
+        self._directories: dict[bytes, _Attributes | None] = {b"": None}  # by real path; None: implied
         self._whiteouts: set[bytes] = set()
         self.usage = Usage(_BLOCK_BYTES, 1)
 
@@ -134,7 +137,7 @@ class _Tree:
         for path, attributes in self._directories.items():
             fd = openat2(self._root.fd, path or b".", _DIRECTORY_FLAGS | os.O_NOFOLLOW)
             try:
-                _set_attributes(fd, attributes or _Attributes(0o755, 0, 0, 0))
+                _set_attributes(fd, attributes or _NEW_DIRECTORY)
             finally:
                 os.close(fd)
 
@@ -160,6 +163,7 @@ class _Tree:
         self._directories[path] = None
         if path in self._whiteouts:
             self._whiteouts.discard(path)
+            self._directories[path] = _NEW_DIRECTORY
             os.setxattr(self._directory(path).fd, _OPAQUE_XATTR, b"y")
 
     def _add_file(self, entry: Entry, parent: _Directory, name: bytes, data: Iterator[memoryview]) -> None:

@@ -1,0 +1,366 @@
+"""What Debian's registry serves and skopeo writes is taken, and unpacks to the tree that umoci makes."""
+
+import asyncio
+import gzip
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import tarfile
+import time
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cri.image_service.images import Images, ImageSettings
+from oci.errors import Error, InvalidArgument, NotFound, PermissionDenied
+from tests.fakes import layers
+from tests.fakes.layers import directory, entry, file, hard_link, symlink, tar
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts overlays and makes device nodes")
+
+CAPABILITY = b"\x01\0\0\x02\0\4\0\0\0\0\0\0\0\0\0\0\0\0\0\0".decode("latin-1")
+LOWER = tar(
+    [
+        directory("./", 0o755, mtime=1000),
+        directory("etc", 0o750, uid=1, gid=2, mtime=1001),
+        file("etc/passwd", b"root", 0o640, uid=3, gid=4, mtime=1002),
+        directory("usr", 0o755, mtime=1003),
+        directory("usr/lib", 0o711, uid=9, mtime=1004),
+        file("usr/lib/lib.so.1", b"elf" * 5000, 0o755),
+        symlink("usr/lib/lib.so", "lib.so.1"),
+        symlink("lib", "usr/lib", mtime=1005),
+        hard_link("usr/lib/same", "usr/lib/lib.so.1"),
+        file("usr/suid", b"s", 0o6755, uid=7, gid=7),
+        file("usr/capable", b"c", 0o755, pax_headers={"SCHILY.xattr.security.capability": CAPABILITY}),
+        directory("gone", mtime=1006),
+        file("gone/a", b"a"),
+        directory("opaque", mtime=1007),
+        file("opaque/hidden", b"h"),
+        directory("becomes-file", mtime=1008),
+        file("becomes-file/x", b"x"),
+        file("becomes-dir", b"f"),
+        file("n" * 200, b"long", pax_headers={"mtime": "1234567890.123456789"}),
+        entry("fifo", type=tarfile.FIFOTYPE, mode=0o622),
+        entry("tty", type=tarfile.CHRTYPE, devmajor=5, devminor=0, mode=0o620, gid=5),
+    ]
+)
+UPPER = tar(
+    [
+        file("usr/lib/new", b"new", mtime=2000),  # without entries for usr and usr/lib
+        file(".wh.gone"),
+        directory("opaque", 0o700, mtime=2001),
+        file("opaque/.wh..wh..opq"),
+        file("opaque/shown", b"s"),
+        file("becomes-file", b"now a file"),
+        directory("becomes-dir", 0o751, mtime=2002),
+        file("becomes-dir/y", b"y"),
+        file("usr/capable", b"changed", 0o700),
+    ]
+)
+TOP = tar([file("usr/.wh.suid"), file("etc/hosts", b"hosts", mtime=3000), directory("var", mtime=3001)])
+TREES = [LOWER, UPPER, TOP]
+
+
+def needs(*programs: str) -> pytest.MarkDecorator:
+    missing = [program for program in programs if shutil.which(program) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed")
+
+
+def run(root: Path, story: Callable[[Images], Awaitable[Any]], **changes: Any) -> Any:
+    async def whole() -> Any:
+        images = await Images.open(ImageSettings(root=root, **changes))
+        try:
+            return await story(images)
+        finally:
+            await images.close()
+
+    return asyncio.run(whole())
+
+
+@contextmanager
+def mounted(lower: tuple[Path, ...], at: Path) -> Iterator[Path]:
+    """The image as a container sees it."""
+    at.mkdir()
+    options = f"lowerdir={':'.join(str(path) for path in reversed(lower))}"
+    subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", str(at)], check=True)
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", str(at)], check=True)
+
+
+def described(root: Path, with_root: bool = True) -> dict[str, tuple[Any, ...]]:
+    """Everything there is to say about each path: kind, mode, owner, size, time, device, links, xattrs, content."""
+    links: dict[int, str] = {}
+    found = {}
+    paths = [root] if with_root else []
+    for parent, directories, files in os.walk(root):
+        paths += [Path(parent, name) for name in directories + files]
+    for path in sorted(paths):
+        status = path.lstat()
+        name = str(path.relative_to(root))
+        xattrs = tuple(
+            (key, os.getxattr(path, key, follow_symlinks=False))
+            for key in sorted(os.listxattr(path, follow_symlinks=False))
+        )
+        content: Any = None
+        if stat.S_ISLNK(status.st_mode):
+            content = path.readlink()
+        elif stat.S_ISREG(status.st_mode):
+            content = path.read_bytes()
+        first = links.setdefault(status.st_ino, name) if stat.S_ISREG(status.st_mode) else name
+        owner = (status.st_uid, status.st_gid)
+        found[name] = (oct(status.st_mode), *owner, status.st_mtime_ns, status.st_rdev, first, xattrs, content)
+    return found
+
+
+def without_time(what: tuple[Any, ...]) -> tuple[Any, ...]:
+    return what[:3] + what[4:]
+
+
+@needs("umoci")
+def test_the_mounted_image_is_what_umoci_unpacks(tmp_path: Path) -> None:
+    """Also where a layer implies directories without describing them, and through pull-like loading."""
+    built = layers.image(TREES)
+    layers.write_oci_layout(tmp_path / "layout", built, "test")
+    subprocess.run(["umoci", "unpack", "--image", f"{tmp_path}/layout:test", str(tmp_path / "umoci")], check=True)
+
+    async def story(images: Images) -> None:
+        [image] = await images.load(tmp_path / "layout")
+        with mounted(images.layer_paths(image.id), tmp_path / "merged") as merged:
+            ours, theirs = described(merged), described(tmp_path / "umoci/rootfs")
+            assert without_time(ours.pop(".")) == without_time(theirs.pop("."))
+            assert ours == theirs
+
+    run(tmp_path / "images", story)
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper"),
+    [
+        ([directory("a", 0o700, uid=5, mtime=7)], [file("a/b/c", b"x")]),
+        ([directory("a", 0o700), file("a/x")], [file(".wh.a"), file("a/y")]),
+        ([directory("a", 0o711), directory("a/b", 0o701)], [file("a/.wh..wh..opq"), file("a/b/c")]),
+        ([directory("a", 0o700, mtime=9)], [directory("a", 0o755, mtime=10), file("a/b/c")]),
+        ([directory("./", 0o700, uid=8, mtime=9)], [file("b")]),
+    ],
+)
+@needs("umoci")
+def test_a_layer_without_parents_leaves_directories_as_the_layers_below_have_them(
+    tmp_path: Path, lower: list[Any], upper: list[Any]
+) -> None:
+    layers.write_oci_layout(tmp_path / "layout", layers.image([tar(lower), tar(upper)]), "test")
+    subprocess.run(["umoci", "unpack", "--image", f"{tmp_path}/layout:test", str(tmp_path / "umoci")], check=True)
+
+    async def story(images: Images) -> None:
+        [image] = await images.load(tmp_path / "layout")
+        with mounted(images.layer_paths(image.id), tmp_path / "merged") as merged:
+            ours, theirs = described(merged), described(tmp_path / "umoci/rootfs")
+        assert ours.keys() == theirs.keys()
+        below = {entry[0].name.rstrip("/") for entry in lower} | {entry[0].name.rstrip("/") for entry in upper}
+        for path in set(ours) & (below | {"."}):
+            assert without_time(ours[path]) == without_time(theirs[path]), path  # umoci's is that of the unpacking
+
+    run(tmp_path / "images", story)
+
+
+@needs("umoci", "tar")
+def test_a_part_of_this_machines_own_files_unpacks_as_umoci_does(tmp_path: Path) -> None:
+    made = subprocess.run(
+        [
+            "tar",
+            "-C",
+            "/",
+            "--xattrs",
+            "--xattrs-include=*",
+            "--format=pax",
+            "-cf",
+            "-",
+            "etc",
+            "usr/sbin",
+            "usr/share/doc/bash",
+        ],
+        capture_output=True,
+        check=False,  # files change while they are read, on some machines
+    ).stdout
+    layers.write_oci_layout(
+        tmp_path / "layout", layers.image([made], compress=lambda plain: gzip.compress(plain, 1)), "test"
+    )
+    subprocess.run(["umoci", "unpack", "--image", f"{tmp_path}/layout:test", str(tmp_path / "umoci")], check=True)
+
+    async def story(images: Images) -> Any:
+        [image] = await images.load(tmp_path / "layout")
+        [layer] = images.layer_paths(image.id)
+        ours, theirs = described(layer, False), described(tmp_path / "umoci/rootfs", False)
+        for implied in ("usr", "usr/share", "usr/share/doc"):
+            ours.pop(implied, None), theirs.pop(implied, None)
+        assert ours == theirs
+        return layer, await images.fs_usage()
+
+    layer, usage = run(tmp_path / "images", story)
+    used = subprocess.run(["du", "-s", "-B1", str(layer)], capture_output=True, check=True).stdout.split()[0]
+    inodes = subprocess.run(["du", "-s", "--inodes", str(layer)], capture_output=True, check=True).stdout.split()[0]
+    assert usage.inodes_used == int(inodes)
+    assert abs(usage.used_bytes - int(used)) < int(used) * 0.05
+
+
+@pytest.fixture
+def debian_registry(tmp_path: Path) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        address = f"127.0.0.1:{found.getsockname()[1]}"
+    config = tmp_path / "registry.yml"
+    config.write_text(
+        f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {tmp_path}/registry}}}}\n"
+        f"http: {{addr: {address}}}\n"
+    )
+    with (tmp_path / "registry.log").open("wb") as log:
+        process = subprocess.Popen(
+            ["docker-registry", "serve", str(config)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+    try:
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                urllib.request.urlopen(f"http://{address}/v2/", timeout=1).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline, (tmp_path / "registry.log").read_text()
+                time.sleep(0.05)
+        yield address
+    finally:
+        process.kill()
+        process.wait()
+
+
+@needs("docker-registry", "skopeo")
+@pytest.mark.parametrize(
+    "options", [["--format=oci"], ["--format=v2s2"], ["--dest-compress-format=zstd", "--format=oci"]]
+)
+def test_an_image_from_debians_registry_is_pulled(tmp_path: Path, debian_registry: str, options: list[str]) -> None:
+    built = layers.image(TREES)
+    layers.write_oci_layout(tmp_path / "layout", built, "test")
+    copy = ["skopeo", "--insecure-policy", "copy", "-q", "--dest-tls-verify=false", *options]
+    subprocess.run([*copy, f"oci:{tmp_path}/layout:test", f"docker://{debian_registry}/team/app:1"], check=True)
+    conf = tmp_path / "registries.conf"
+    conf.write_text(f'[[registry]]\nprefix = "user.test"\nlocation = "{debian_registry}"\ninsecure = true\n')
+
+    async def story(images: Images) -> None:
+        image = await images.pull("user.test/team/app:1")
+        [loaded] = await images.load(tmp_path / "layout", "local.test/app:2")
+
+        assert image.config.diff_ids == loaded.config.diff_ids == tuple(map(layers.digest, TREES))
+        assert images.layer_paths(image.id)[:3] == images.layer_paths(loaded.id)[:3]
+        with pytest.raises(NotFound, match=r"MANIFEST_UNKNOWN|NAME_UNKNOWN"):
+            await images.pull("user.test/team/none:1")
+
+    run(tmp_path / "images", story, registries_conf=conf)
+
+
+@needs("skopeo")
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("oci-archive:{}:user.test/app:1", "user.test/app:1"),
+        ("docker-archive:{}:user.test/app:1", "user.test/app:1"),
+        ("docker-archive:{}:docker.io/library/app:1", "docker.io/library/app:1"),
+    ],
+)
+def test_archives_that_skopeo_writes_are_loaded(tmp_path: Path, target: str, name: str) -> None:
+    built = layers.image(TREES, {"User": "5"})
+    layers.write_oci_layout(tmp_path / "layout", built, "test")
+    archive = tmp_path / "archive.tar"
+    copy = ["skopeo", "--insecure-policy", "copy", "-q"]
+    subprocess.run([*copy, f"oci:{tmp_path}/layout:test", target.format(archive)], check=True)
+    packed = tmp_path / "archive.tar.gz"
+    packed.write_bytes(gzip.compress(archive.read_bytes()))
+
+    async def story(images: Images) -> None:
+        [image] = await images.load(archive)
+        assert image.repo_tags == (name,)
+        assert bool(image.repo_digests) == target.startswith("oci")
+        assert image.config.user == "5"
+        assert image.config.diff_ids == built_ids
+        assert (images.layer_paths(image.id)[0] / "etc/passwd").read_text() == "root"
+        assert images.find(name) == image
+        assert image.size_bytes > 0
+        if target.startswith("docker"):
+            assert images.find(name.rpartition("/")[2]) == (image if "docker.io" in name else None)
+
+        [again] = await images.load(packed, "renamed.test/x")
+        assert again.id == image.id
+        assert again.repo_tags == (name, "renamed.test/x:latest")
+        assert not any(".tmp-" in path.name for path in (tmp_path / "images/layers").iterdir())
+
+    built_ids = tuple(map(layers.digest, TREES))
+    run(tmp_path / "images", story)
+
+
+def test_an_archive_of_several_images_gives_all_of_them_their_names(tmp_path: Path) -> None:
+    built = [layers.image([LOWER], {"Labels": {"n": str(number)}}, compress=bytes) for number in range(2)]
+    archives = [layers.docker_archive(each, [LOWER], [f"user.test/app:{at}"]) for at, each in enumerate(built)]
+    (tmp_path / "one.tar").write_bytes(archives[0])
+    (tmp_path / "two.tar").write_bytes(archives[1])
+
+    async def story(images: Images) -> None:
+        await images.load(tmp_path / "one.tar")
+        await images.load(tmp_path / "two.tar")
+        assert [image.repo_tags for image in images.list()] == [("user.test/app:0",), ("user.test/app:1",)]
+        assert len(list((tmp_path / "images/layers").iterdir())) == 1
+
+    run(tmp_path / "images", story)
+
+
+def test_what_is_no_image_is_refused_with_what_was_seen(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other.tar").write_bytes(LOWER)
+    (tmp_path / "broken.tar").write_bytes(tar([file("manifest.json", b"[1]")]))
+    (tmp_path / "lacking.tar").write_bytes(
+        tar([file("manifest.json", b'[{"Config": "c", "Layers": ["l"]}]'), file("c", b"{}")])
+    )
+    (tmp_path / "policy.json").write_text('{"default": [{"type": "reject"}]}')
+
+    async def story(images: Images) -> None:
+        for name, kind, complaint in (
+            ("none", NotFound, "there is no"),
+            ("text", InvalidArgument, "is not a tar archive"),
+            ("empty", InvalidArgument, "neither an OCI layout"),
+            ("other.tar", InvalidArgument, "neither an OCI layout"),
+            ("broken.tar", Error, "not as docker save writes it"),
+            ("lacking.tar", NotFound, "has no l"),
+        ):
+            with pytest.raises(kind, match=complaint):
+                await images.load(tmp_path / name)
+        assert images.list() == ()
+
+    run(tmp_path / "images", story)
+
+    layers.write_oci_layout(tmp_path / "layout", layers.image([LOWER]))
+
+    async def refused(images: Images) -> None:
+        with pytest.raises(PermissionDenied, match=r"^SignatureValidationFailed"):
+            await images.load(tmp_path / "layout")
+
+    run(tmp_path / "images", refused, policy=tmp_path / "policy.json")
+
+
+def test_a_layout_whose_blob_was_changed_is_refused(tmp_path: Path) -> None:
+    built = layers.image([LOWER])
+    layers.write_oci_layout(tmp_path / "layout", built)
+    blob = tmp_path / "layout/blobs/sha256" / layers.digest(built.layers[0]).removeprefix("sha256:")
+    content = bytearray(blob.read_bytes())
+    content[-20] ^= 1
+    blob.write_bytes(bytes(content))
+
+    async def story(images: Images) -> None:
+        with pytest.raises(Error, match=f"expected {layers.digest(built.layers[0])}"):
+            await images.load(tmp_path / "layout")
+        assert images.list() == ()
+
+    run(tmp_path / "images", story)
