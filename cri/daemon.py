@@ -8,6 +8,7 @@ Directories, below `root` and `run_dir` of the configuration:
          cni/                what CNI plugins were asked for
     run_dir/crito.lock       held by the one daemon of this run_dir
             forkserver.sock  forkserver.log  orphans/
+            streaming.sock  streaming.log
             containers/<id>/ bundle, monitor socket, exit record, root filesystem
             sandboxes/<id>/  the pod's files and pinned namespaces
 """
@@ -34,11 +35,15 @@ from cri.image_service.images import Images, ImageSettings
 from cri.image_service.service import ImageService
 from cri.node_service import NodeService
 from cri.runtime_service.events import ContainerEvents
+from cri.runtime_service.exec import Streaming, start_early
 from cri.runtime_service.metrics import PodMetrics
 from cri.runtime_service.service import RuntimeService
 from cri.runtime_service.stats import Stats
 from cri.runtime_service.status import Health, RuntimeStatus, disk_health
 from cri.server import Server
+from cri.streaming.client import Streams
+from cri.streaming.settings import StreamSettings
+from cri.streaming.tls import TlsSettings
 from oci.bundle import Bundles
 from oci.clock import Clock
 from oci.container import ContainerRecord
@@ -119,6 +124,7 @@ class Daemon:
         self._config = config
         self._database = database
         self._fork_server = fork_server
+        self._streams = Streams(config.crito.run_dir, _stream_settings(config))
         self._handlers = handlers
         self._images = images
         self._network = network
@@ -156,7 +162,8 @@ class Daemon:
     async def serve(self, stack: contextlib.AsyncExitStack) -> None:
         """Answer on the socket, and start what goes on beside it."""
         self._runtime_health = await self._canary()
-        for work in (self._follow_events(), self._watch_runtime(), systemd.keep_alive(self._is_well)):
+        early = start_early(self._streams)
+        for work in (early, self._follow_events(), self._watch_runtime(), systemd.keep_alive(self._is_well)):
             stack.push_async_callback(_cancelled, asyncio.create_task(work))
         self._layers.start()
         stack.push_async_callback(self._layers.close)
@@ -186,6 +193,7 @@ class Daemon:
             self._stats,
             self._pod_metrics,
             status,
+            Streaming(self._containers, self._sandboxes, self._streams, self._config.crito.run_dir / "containers"),
         )
         api_pb2_grpc.add_RuntimeServiceServicer_to_server(runtime_service, server.grpc)
         image_service = ImageService(self._images, self._changes, self._layers)
@@ -205,8 +213,10 @@ class Daemon:
         await self._containers.close()
         if self._containers.known_ids() or self._sandboxes.known_ids():
             await self._fork_server.close()
+            self._streams.close()
         else:  # nothing of ours runs: nothing of ours stays
             await self._fork_server.shutdown()
+            await self._streams.retire()
             await asyncio.get_running_loop().run_in_executor(self._mounts, self._rootfs.release)
 
     # Health
@@ -263,6 +273,7 @@ class Daemon:
             "root": str(self._config.crito.root),
             "run_dir": str(self._config.crito.run_dir),
             "fork_server_pid": self._fork_server.pid,
+            "stream_server_pid": self._streams.pid,
             "changes": [f"{each.key}: {each.seconds:.1f} s" for each in self._changes.running()],
         }
 
@@ -443,6 +454,14 @@ def _defaults(config: Config) -> Defaults:
 
 def _driver(config: Config) -> cgroup.Driver:
     return cgroup.Driver(str(config.runtime.cgroup_driver))
+
+
+def _stream_settings(config: Config) -> StreamSettings:
+    streaming = config.streaming
+    tls = None
+    if streaming.tls_cert and streaming.tls_key:
+        tls = TlsSettings(str(streaming.tls_cert), str(streaming.tls_key), str(streaming.tls_ca or ""))
+    return StreamSettings(streaming.address, streaming.port, streaming.idle_timeout, tls)
 
 
 def _image_settings(config: Config) -> ImageSettings:
