@@ -115,7 +115,8 @@ async def forward(target: PortForwardTarget, port: int, data: Channel, error: Ch
         try:
             await _join(sock, data)
         except (OSError, ClientGone) as problem:
-            _log.info("port-forward to port %d of pod sandbox %s broke: %s", port, target.sandbox_id, problem)
+            if isinstance(problem, OSError):  # that clients reset their streams is how they close
+                _log.info("port-forward to port %d of pod sandbox %s broke: %s", port, target.sandbox_id, problem)
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             await data.reset()

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,7 +194,7 @@ class _Stdio:
 
     def close_theirs(self) -> None:
         for fd in self.theirs.values():
-            End(fd).close()
+            os.close(fd)
         self.theirs.clear()
 
     def close(self) -> None:
