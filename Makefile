@@ -50,10 +50,12 @@ setup:
 docs: setup
 	$(PYTHON_BIN) tools/docs.py
 
-# The CRI's code, from api.proto.
+# The CRI's and NRI's code, from their api.proto files; only the CRI is gRPC.
 proto: setup
 	PATH=$(CURDIR)/.venv/bin:$$PATH $(PYTHON_BIN) -m grpc_tools.protoc -I. --python_out=. --mypy_out=. \
 	    --grpc_python_out=. cri/api/runtime/v1/api.proto
+	PATH=$(CURDIR)/.venv/bin:$$PATH $(PYTHON_BIN) -m grpc_tools.protoc -I. --python_out=. --mypy_out=. \
+	    cri/api/nri/v1alpha1/api.proto cri/api/ttrpc/api.proto
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

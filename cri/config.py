@@ -256,6 +256,62 @@ class NetworkSection:
 
 
 @dataclass(frozen=True, slots=True)
+class NriSection:
+    """The Node Resource Interface: plugins that take part in the life of pods and containers (see nri.md)."""
+
+    enable: bool = setting(kinds.FLAG, False, "Let plugins take part.")
+    listen: Path = setting(
+        kinds.SOCKET_PATH,
+        Path("/run/crito/nri.sock"),
+        "UNIX socket on which plugins connect, made with mode 0600. What most plugins try by themselves is"
+        " /var/run/nri/nri.sock.",
+        shown="nri.sock in crito.run_dir",
+    )
+    disable_connections: bool = setting(kinds.FLAG, False, "Run the plugins of plugin_path only; listen on no socket.")
+    plugin_path: Path = setting(
+        kinds.PATH, Path("/opt/nri/plugins"), "Directory of plugins that the daemon starts: executables named NN-NAME."
+    )
+    plugin_config_path: Path = setting(
+        kinds.PATH,
+        Path("/etc/nri/conf.d"),
+        "Directory of what is handed to the plugins of plugin_path: NN-NAME.conf, else NAME.conf.",
+    )
+    plugin_registration_timeout: float = setting(
+        kinds.TIMEOUT,
+        5.0,
+        "A plugin that has not registered by then is dropped, and so is one that takes longer to be synchronised.",
+    )
+    plugin_request_timeout: float = setting(
+        kinds.TIMEOUT, 2.0, "A plugin that has not answered a request by then is dropped, and the request goes on."
+    )
+    default_validator: bool = setting(
+        kinds.FLAG, False, "Refuse containers whose adjustments the validator_ keys forbid."
+    )
+    validator_reject_oci_hook_adjustment: bool = setting(kinds.FLAG, False, "Refuse OCI hooks that plugins add.")
+    validator_reject_runtime_default_seccomp_adjustment: bool = setting(
+        kinds.FLAG, False, "Refuse a plugin's seccomp policy where the pod has RuntimeDefault."
+    )
+    validator_reject_unconfined_seccomp_adjustment: bool = setting(
+        kinds.FLAG, False, "Refuse a plugin's seccomp policy where the pod has none."
+    )
+    validator_reject_custom_seccomp_adjustment: bool = setting(
+        kinds.FLAG, False, "Refuse a plugin's seccomp policy where the pod has a Localhost profile."
+    )
+    validator_reject_namespace_adjustment: bool = setting(kinds.FLAG, False, "Refuse changes of Linux namespaces.")
+    validator_reject_sysctl_adjustment: bool = setting(kinds.FLAG, False, "Refuse changes of sysctls.")
+    validator_required_plugins: tuple[str, ...] = setting(
+        kinds.TEXTS,
+        (),
+        "Plugins, by NAME or NN-NAME, without which no container is made. Static pods need them too, unless annotated.",
+    )
+    validator_tolerate_missing_plugins_annotation: str = setting(
+        kinds.TEXT,
+        "",
+        "Annotation of a pod by which it does without the required plugins (value true); empty lets none do so.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class MetricsSection:
     """Prometheus metrics over HTTP."""
 
@@ -298,6 +354,7 @@ class Config:
     runtime: RuntimeSection = RuntimeSection()
     image: ImageSection = ImageSection()
     network: NetworkSection = NetworkSection()
+    nri: NriSection = NriSection()
     metrics: MetricsSection = MetricsSection()
     tracing: TracingSection = TracingSection()
     log: LogSection = LogSection()
@@ -322,6 +379,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "runtime": RuntimeSection,
     "image": ImageSection,
     "network": NetworkSection,
+    "nri": NriSection,
     "metrics": MetricsSection,
     "tracing": TracingSection,
     "log": LogSection,

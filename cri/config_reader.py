@@ -222,6 +222,10 @@ def _with_host_defaults(config: Config, given: Mapping[str, Given], origins: dic
             keys(SECTIONS["api"])["listen"], "api.listen", str(config.crito.run_dir / "crito.sock"), "default"
         )
         config = replace(config, api=replace(config.api, listen=listen))
+    if "nri.listen" not in given:
+        origins["nri.listen"] = origins["crito.run_dir"]
+        # A run_dir that leaves no room for this name is refused where the socket is wanted, not here.
+        config = replace(config, nri=replace(config.nri, listen=config.crito.run_dir / "nri.sock"))
     if "runtime.cgroup_driver" not in given and host.has_systemd:
         origins["runtime.cgroup_driver"] = "host: /run/systemd/system exists"
         config = replace(config, runtime=replace(config.runtime, cgroup_driver=CgroupDriver.SYSTEMD))

@@ -173,10 +173,20 @@ class Daemon:
         await self._counts.start()
         stack.push_async_callback(self._counts.close)
         api = self._config.api
+        if self._config.nri.enable:
+            await self._start_nri(stack)
         self._server = Server(api.listen, self._counts, api.grpc_max_recv_msg_size, api.grpc_max_send_msg_size)
         self._add_services(self._server)
         await self._server.start()
         _log.info("crito %s serves the CRI on %s", VERSION, api.listen)
+
+    async def _start_nri(self, stack: contextlib.AsyncExitStack) -> None:
+        from cri.nri.service import Nri  # noqa: PLC0415  who does not use it does not load it
+
+        here = await asyncio.to_thread(node.detect)
+        nri = Nri(self._config.nri, self._containers, self._sandboxes, self._handlers, here)
+        stack.push_async_callback(nri.close)
+        await nri.start()
 
     def _add_services(self, server: Server) -> None:
         events = ContainerEvents(self._events, self._sandboxes, self._containers, self._clock)
@@ -409,7 +419,7 @@ async def _handlers(config: Config, here: node.Node) -> Handlers:
     runtimes = {
         name: Runtime(name, handler.path, handler.root, driver) for name, handler in config.runtime.handlers.items()
     }
-    built = []
+    built, unusable = [], {}
     for name, runtime in runtimes.items():
         settings = config.runtime.handlers[name]
         procs: tuple[str, ...] = ()
@@ -420,6 +430,7 @@ async def _handlers(config: Config, here: node.Node) -> Handlers:
             features = await runtime.features()
         except Error as error:
             _log.warning("runtime handler %s does not tell its features: %s", name, error)
+            unusable[name] = str(error)
             continue
         if settings.container_min_memory:
             features = replace(features, min_memory_bytes=settings.container_min_memory)
@@ -434,7 +445,7 @@ async def _handlers(config: Config, here: node.Node) -> Handlers:
             )
         )
     usable = {handler.name: handler.runtime for handler in built}
-    return Handlers(built, await default_handler(config, usable))
+    return Handlers(built, await default_handler(config, usable), unusable)
 
 
 def _defaults(config: Config) -> Defaults:
