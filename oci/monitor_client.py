@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import itertools
+import json
 import os
 import signal as signals
 import socket
@@ -157,6 +158,10 @@ class ExecResult:
 # The connection
 
 
+class NotSent(Unavailable):
+    """The other side was gone before the request reached it: it can be tried anew."""
+
+
 class Connection:
     """One SEQPACKET connection: requests matched with answers by id, everything else handed to `on_event`."""
 
@@ -229,7 +234,8 @@ class Connection:
                 except BlockingIOError:
                     await self._writable()
                 except OSError as error:
-                    raise Unavailable(f"the {self._peer} is gone: {error.strerror}") from error
+                    self.close(error.strerror or str(error))
+                    raise NotSent(f"the {self._peer} is gone: {error.strerror}") from error
 
     async def _writable(self) -> None:
         ready: asyncio.Future[None] = self._loop.create_future()
@@ -358,7 +364,6 @@ class ForkServer:
 
     async def make_pod(self, request: PodRequest) -> PodProcess:
         """The pod's namespaces, made and pinned. On an error, which names the step, nothing of them stays."""
-        connection = await self._connected()
         asked = {
             "namespaces": list(request.namespaces),
             "pin_dir": str(request.pin_dir),
@@ -371,11 +376,21 @@ class ForkServer:
             "cgroup_procs": list(request.cgroup_procs),
             "oom_score_adj": request.oom_score_adj,
         }
-        answer, _ = await connection.call("make_pod", timeout_s=60.0, pod=asked)
+        try:
+            answer, _ = await (await self._connected()).call("make_pod", timeout_s=60.0, pod=asked)
+        except NotSent:
+            answer, _ = await (await self._connected()).call("make_pod", timeout_s=60.0, pod=asked)
         return PodProcess(answer["pid"], answer["start_time"])
 
     async def spawn_monitor(self, request: MonitorRequest) -> "Monitor":
         """A monitor that awaits its orders, connected. It ends by itself if none come."""
+        try:
+            await self._fork_monitor(request)
+        except Unavailable:  # the fork server has just died: a new one can do it; a monitor unused ends by itself
+            await self._fork_monitor(request)
+        return await Monitor.connect(request.directory)
+
+    async def _fork_monitor(self, request: MonitorRequest) -> None:
         connection = await self._connected()
         listener = listen(request.directory, MONITOR_SOCKET)
         with listener:
@@ -397,7 +412,6 @@ class ForkServer:
                 "exec_cgroup": request.exec_cgroup,
             }
             await connection.call("monitor", fds={"listener": listener.fileno()}, config=config)
-        return await Monitor.connect(request.directory)
 
     async def children(self) -> tuple[int, ...]:
         """The pids of the pauses, monitors and orphans below it."""
@@ -523,19 +537,28 @@ class Monitor:
         """
         stdio = {"stdin": stdin_fd, "stdout": stdout_fd, "stderr": stderr_fd}
         tty = bool(request.process.get("terminal"))
-        fds = {} if tty else {name: fd for name, fd in stdio.items() if fd >= 0}
-        process = os.memfd_create("process.json", os.MFD_CLOEXEC)
+        given = {} if tty else {name: fd for name, fd in stdio.items() if fd >= 0}
+        fds = {"process": os.memfd_create("process.json", os.MFD_CLOEXEC)}
+        os.write(fds["process"], _to_json(request.process))
+        fds |= {name: os.dup(fd) for name, fd in given.items()}
+        starting = asyncio.get_running_loop().create_task(self._start_exec(request, tty, fds))
         try:
-            os.write(process, msgspec.json.encode(request.process))
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            starting.add_done_callback(_abandon)
+            raise
+
+    async def _start_exec(self, request: ExecRequest, tty: bool, fds: Mapping[str, int]) -> "ExecSession":
+        try:
             answer, received = await self._connection.call(
                 "exec",
                 timeout_s=(request.timeout_s or 120.0) + GRACE_S,
-                fds={"process": process, **fds},
+                fds=fds,
                 tty=tty,
                 patience_s=request.timeout_s,
             )
         finally:
-            os.close(process)
+            wire.close_all(list(fds.values()))
         session = ExecSession(self, answer["exec"], answer["pid"], received[0] if received else -1)
         self._sessions[session.number] = session
         if session.number in self._early:
@@ -657,6 +680,20 @@ class Monitor:
 
 def _init(answer: wire.Message) -> InitProcess:
     return InitProcess(answer["init"], answer["start_time"], tuple((c, p) for c, p in answer["cgroups"]))
+
+
+def _to_json(process: Mapping[str, Any]) -> bytes:
+    """As UTF-8, but for bytes of an environment that are none: these are passed on as they are."""
+    try:
+        return msgspec.json.encode(process)
+    except UnicodeEncodeError:
+        return json.dumps(process, ensure_ascii=False).encode("utf-8", "surrogateescape")
+
+
+def _abandon(starting: "asyncio.Task[ExecSession]") -> None:
+    """Whoever wanted the process has gone while it was being started."""
+    if not starting.cancelled() and starting.exception() is None:
+        starting.result().abandon()
 
 
 def _argv(process: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 RECORD = "exit.json"
 UNIFIED = ""
+CHARGE_BATCH_BYTES = 256 * 1024
 
 # controller ("" for v2) -> (root of the mount within the hierarchy, mount point)
 Mounts = dict[str, tuple[str, str]]
@@ -100,10 +101,19 @@ class Cgroup:
             hit = counters(_text(self.directory + "/memory.events.local")).get("oom", 0)
         else:
             kills = counters(_text(self.directory + "/memory.oom_control")).get("oom_kill", 0)
-            hit = int(_text(self.directory + "/memory.failcnt") or 0)
+            hit = self._was_full("memory") or self._was_full("memory.memsw")
         if not kills:
             return 0, ""
         return kills, "container" if hit else "above"
+
+    def _was_full(self, counter: str) -> bool:
+        """Whether a v1 cgroup came as near to its limit as its charges, made in batches, ever come.
+
+        Its failcnt tells nothing: the kernel does not count failures of memsw, which is hit first if both are alike.
+        """
+        used = int(_text(f"{self.directory}/{counter}.max_usage_in_bytes") or 0)
+        limit = int(_text(f"{self.directory}/{counter}.limit_in_bytes") or 0)
+        return used > 0 and used >= limit - CHARGE_BATCH_BYTES
 
     def kill_all(self) -> bool:
         """SIGKILL to whoever is left; whether somebody was. Only where the cgroup is the container's alone."""
