@@ -2,9 +2,12 @@
 
 A value that the host does not count is None, never 0.
 """
+# ruff: noqa: PTH112
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from oci.errors import NotFound
@@ -12,6 +15,7 @@ from oci.linux import cgroup_files, open_files
 from oci.linux.cgroup import Cgroups
 from oci.stats import Psi, counting_hierarchy, psi
 
+_CONTROLLERS = ("memory", "cpuacct", "cpu", "pids", "blkio", "hugetlb")
 _USER_HZ_NS = 10_000_000  # cpuacct.stat counts in hundredths of a second on every architecture
 
 
@@ -87,30 +91,38 @@ class Counters:
 
 def read(cgroups: Cgroups, path: str) -> Counters:
     """Raises NotFound when there is no such cgroup (any more)."""
-    if not cgroups.exists(path):
-        raise NotFound(f"counters of cgroup {path}: there is no such cgroup")
+    # Text paths: a scrape opens some twenty files for each container, and a Path for each takes longer than the read.
     unified = counting_hierarchy(cgroups)
     if unified is not None:
-        return _read_unified(unified.mountpoint / path.strip("/"))
-    return _read_v1(lambda controller: cgroups.directory(controller, path))
+        directory = str(unified.mountpoint / path.strip("/"))
+        _require([directory], path)
+        return _read_unified(directory)
+    found = {name: str(at) for name in _CONTROLLERS if (at := cgroups.directory(name, path)) is not None}
+    _require(found.values(), path)
+    return _read_v1(found)
+
+
+def _require(directories: Iterable[str], path: str) -> None:
+    if not any(os.path.isdir(directory) for directory in directories):
+        raise NotFound(f"counters of cgroup {path}: there is no such cgroup")
 
 
 # --- v2
 
 
-def _read_unified(directory: Path) -> Counters:
+def _read_unified(directory: str) -> Counters:
     return Counters(
         cpu=_unified_cpu(directory),
         memory=_unified_memory(directory),
-        io=tuple(_unified_io(cgroup_files.text(directory / "io.stat") or "")),
-        io_psi=psi(directory / "io.pressure"),
+        io=tuple(_unified_io(cgroup_files.text(f"{directory}/io.stat") or "")),
+        io_psi=psi(f"{directory}/io.pressure"),
         huge_pages=tuple(_huge_pages(directory, "current", "")),
         processes=_processes(directory),
     )
 
 
-def _unified_cpu(directory: Path) -> CpuCounters | None:
-    stat = cgroup_files.table(directory / "cpu.stat")
+def _unified_cpu(directory: str) -> CpuCounters | None:
+    stat = cgroup_files.table(f"{directory}/cpu.stat")
     usage = _from_microseconds(stat.get("usage_usec"))
     if usage is None:
         return None
@@ -121,7 +133,7 @@ def _unified_cpu(directory: Path) -> CpuCounters | None:
         periods=stat.get("nr_periods"),
         throttled_periods=stat.get("nr_throttled"),
         throttled_ns=_from_microseconds(stat.get("throttled_usec")),
-        psi=psi(directory / "cpu.pressure"),
+        psi=psi(f"{directory}/cpu.pressure"),
     )
 
 
@@ -129,22 +141,22 @@ def _from_microseconds(value: int | None) -> int | None:
     return None if value is None else value * 1000
 
 
-def _unified_memory(directory: Path) -> MemoryCounters | None:
-    usage = cgroup_files.number(directory / "memory.current")
+def _unified_memory(directory: str) -> MemoryCounters | None:
+    usage = cgroup_files.number(f"{directory}/memory.current")
     if usage is None:
         return None
-    stat = cgroup_files.table(directory / "memory.stat")
-    events = cgroup_files.table(directory / "memory.events")
+    stat = cgroup_files.table(f"{directory}/memory.stat")
+    events = cgroup_files.table(f"{directory}/memory.events")
     faults, major_faults = stat.get("pgfault", 0), stat.get("pgmajfault", 0)
     return MemoryCounters(
         usage_bytes=usage,
         working_set_bytes=max(0, usage - stat.get("inactive_file", 0)),
-        max_usage_bytes=cgroup_files.number(directory / "memory.peak"),
+        max_usage_bytes=cgroup_files.number(f"{directory}/memory.peak"),
         rss_bytes=stat.get("anon", 0),
         cache_bytes=stat.get("file", 0),
         kernel_bytes=_unified_kernel(stat),
         mapped_file_bytes=stat.get("file_mapped", 0),
-        swap_bytes=cgroup_files.number(directory / "memory.swap.current"),
+        swap_bytes=cgroup_files.number(f"{directory}/memory.swap.current"),
         active_file_bytes=stat.get("active_file", 0),
         inactive_file_bytes=stat.get("inactive_file", 0),
         limit_hits=events.get("max"),
@@ -153,7 +165,7 @@ def _unified_memory(directory: Path) -> MemoryCounters | None:
         major_page_faults=major_faults,
         total_page_faults=faults,
         total_major_page_faults=major_faults,
-        psi=psi(directory / "memory.pressure"),
+        psi=psi(f"{directory}/memory.pressure"),
     )
 
 
@@ -182,9 +194,8 @@ def _unified_io(text: str) -> Iterator[DeviceIo]:
 # --- v1
 
 
-def _read_v1(directory_of: Callable[[str], Path | None]) -> Counters:
-    accounted, cpu, memory = directory_of("cpuacct"), directory_of("cpu"), directory_of("memory")
-    blkio, hugetlb, pids = directory_of("blkio"), directory_of("hugetlb"), directory_of("pids")
+def _read_v1(directories: Mapping[str, str]) -> Counters:
+    memory, accounted, cpu, pids, blkio, hugetlb = map(directories.get, _CONTROLLERS)
     return Counters(
         cpu=_v1_cpu(accounted, cpu) if accounted else None,
         memory=_v1_memory(memory) if memory else None,
@@ -195,12 +206,12 @@ def _read_v1(directory_of: Callable[[str], Path | None]) -> Counters:
     )
 
 
-def _v1_cpu(accounted: Path, cpu: Path | None) -> CpuCounters | None:
-    usage = cgroup_files.number(accounted / "cpuacct.usage")
+def _v1_cpu(accounted: str, cpu: str | None) -> CpuCounters | None:
+    usage = cgroup_files.number(f"{accounted}/cpuacct.usage")
     if usage is None:
         return None
-    ticks = cgroup_files.table(accounted / "cpuacct.stat")
-    stat = cgroup_files.table(cpu / "cpu.stat") if cpu else {}
+    ticks = cgroup_files.table(f"{accounted}/cpuacct.stat")
+    stat = cgroup_files.table(f"{cpu}/cpu.stat") if cpu else {}
     return CpuCounters(
         usage_ns=usage,
         user_ns=ticks["user"] * _USER_HZ_NS if "user" in ticks else None,
@@ -211,24 +222,24 @@ def _v1_cpu(accounted: Path, cpu: Path | None) -> CpuCounters | None:
     )
 
 
-def _v1_memory(directory: Path) -> MemoryCounters | None:
-    usage = cgroup_files.number(directory / "memory.usage_in_bytes")
+def _v1_memory(directory: str) -> MemoryCounters | None:
+    usage = cgroup_files.number(f"{directory}/memory.usage_in_bytes")
     if usage is None:
         return None
-    stat = cgroup_files.table(directory / "memory.stat")
+    stat = cgroup_files.table(f"{directory}/memory.stat")
     return MemoryCounters(
         usage_bytes=usage,
         working_set_bytes=max(0, usage - stat.get("total_inactive_file", 0)),
-        max_usage_bytes=cgroup_files.number(directory / "memory.max_usage_in_bytes"),
+        max_usage_bytes=cgroup_files.number(f"{directory}/memory.max_usage_in_bytes"),
         rss_bytes=stat.get("total_rss", 0),
         cache_bytes=stat.get("total_cache", 0),
-        kernel_bytes=cgroup_files.number(directory / "memory.kmem.usage_in_bytes"),
+        kernel_bytes=cgroup_files.number(f"{directory}/memory.kmem.usage_in_bytes"),
         mapped_file_bytes=stat.get("total_mapped_file", 0),
         swap_bytes=stat.get("total_swap"),
         active_file_bytes=stat.get("total_active_file", 0),
         inactive_file_bytes=stat.get("total_inactive_file", 0),
-        limit_hits=cgroup_files.number(directory / "memory.failcnt"),
-        oom_kills=cgroup_files.table(directory / "memory.oom_control").get("oom_kill"),
+        limit_hits=cgroup_files.number(f"{directory}/memory.failcnt"),
+        oom_kills=cgroup_files.table(f"{directory}/memory.oom_control").get("oom_kill"),
         page_faults=stat.get("pgfault", 0),
         major_page_faults=stat.get("pgmajfault", 0),
         total_page_faults=stat.get("total_pgfault", 0),
@@ -236,9 +247,9 @@ def _v1_memory(directory: Path) -> MemoryCounters | None:
     )
 
 
-def _v1_io(directory: Path) -> Iterator[DeviceIo]:
-    sizes = _by_device(cgroup_files.text(directory / "blkio.throttle.io_service_bytes_recursive"))
-    counts = _by_device(cgroup_files.text(directory / "blkio.throttle.io_serviced_recursive"))
+def _v1_io(directory: str) -> Iterator[DeviceIo]:
+    sizes = _by_device(cgroup_files.text(f"{directory}/blkio.throttle.io_service_bytes_recursive"))
+    counts = _by_device(cgroup_files.text(f"{directory}/blkio.throttle.io_serviced_recursive"))
     for key in sorted({**sizes, **counts}):
         yield DeviceIo(*key, sizes.get(key), counts.get(key))
 
@@ -256,21 +267,22 @@ def _by_device(text: str | None) -> dict[tuple[int, int, str], int]:
 # --- both
 
 
-def _huge_pages(directory: Path, usage: str, most: str) -> Iterator[HugePages]:
+def _huge_pages(directory: str, usage: str, most: str) -> Iterator[HugePages]:
     for size in _huge_page_sizes():
-        used = cgroup_files.number(directory / f"hugetlb.{size}.{usage}")
+        used = cgroup_files.number(f"{directory}/hugetlb.{size}.{usage}")
         if used is not None:
-            yield HugePages(size, used, cgroup_files.number(directory / f"hugetlb.{size}.{most}") if most else None)
+            yield HugePages(size, used, cgroup_files.number(f"{directory}/hugetlb.{size}.{most}") if most else None)
 
 
-def _huge_page_sizes() -> list[str]:
+@cache  # they do not change while a kernel runs
+def _huge_page_sizes() -> tuple[str, ...]:
     """The sizes that this kernel has, in the words of the hugetlb controller: "64KB", "2MB", "1GB"."""
     try:
         names = [each.name for each in Path("/sys/kernel/mm/hugepages").iterdir()]
     except OSError:
-        return []
+        return ()
     sizes = sorted(int(name.removeprefix("hugepages-").removesuffix("kB")) for name in names)
-    return [_in_words(size) for size in sizes]
+    return tuple(_in_words(size) for size in sizes)
 
 
 def _in_words(kilobytes: int) -> str:
@@ -279,14 +291,14 @@ def _in_words(kilobytes: int) -> str:
     return f"{kilobytes >> 10}MB" if kilobytes >= 1 << 10 else f"{kilobytes}KB"
 
 
-def _processes(directory: Path) -> ProcessCounters | None:
-    if not directory.is_dir():
+def _processes(directory: str) -> ProcessCounters | None:
+    if not os.path.isdir(directory):
         return None
     pids = cgroup_files.processes(directory)
-    most = (cgroup_files.text(directory / "pids.max") or "").strip()
+    most = (cgroup_files.text(f"{directory}/pids.max") or "").strip()
     return ProcessCounters(
         processes=len(pids),
-        threads=cgroup_files.number(directory / "pids.current"),
+        threads=cgroup_files.number(f"{directory}/pids.current"),
         threads_max=None if not most else int(most) if most.isdecimal() else 0,
         files=open_files.count(pids),
     )

@@ -188,7 +188,7 @@ def _unified_memory(directory: Path) -> Memory | None:
     return Memory(
         usage_bytes=usage,
         working_set_bytes=working_set,
-        available_bytes=_left(cgroup_files.number(directory / "memory.max"), working_set),
+        available_bytes=_left(cgroup_files.number(_limited(directory) / "memory.max"), working_set),
         rss_bytes=stat.get("anon", 0),
         page_faults=stat.get("pgfault", 0),
         major_page_faults=stat.get("pgmajfault", 0),
@@ -198,7 +198,16 @@ def _unified_memory(directory: Path) -> Memory | None:
 
 def _unified_swap(directory: Path) -> Swap | None:
     usage = cgroup_files.number(directory / "memory.swap.current")
-    return None if usage is None else Swap(usage, _left(cgroup_files.number(directory / "memory.swap.max"), usage))
+    return None if usage is None else Swap(usage, _left(cgroup_files.number(_limited(directory) / "memory.swap.max"), usage))
+
+
+def _limited(directory: Path) -> Path:
+    """Where a container's limits are set: crun with systemd makes a cgroup of its own for them within the scope.
+
+    Those of the scope itself are systemd's, which may set them anew at any time.
+    """
+    inner = directory / "container"
+    return inner if directory.name.endswith(".scope") and inner.is_dir() else directory
 
 
 def _unified_io(directory: Path) -> Io | None:
@@ -211,7 +220,7 @@ def _unified_io(directory: Path) -> Io | None:
     return Io(read_bytes, written, psi(directory / "io.pressure"))
 
 
-def psi(path: Path) -> Psi | None:
+def psi(path: Path | str) -> Psi | None:
     """None on a kernel without pressure stall information. Source: the kernel's accounting/psi.rst."""
     lines = {line.partition(" ")[0]: line for line in (cgroup_files.text(path) or "").splitlines()}
     if "some" not in lines:

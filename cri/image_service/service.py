@@ -11,14 +11,13 @@ import grpc.aio
 from cri.api.runtime.v1 import api_pb2 as api
 from cri.api.runtime.v1 import api_pb2_grpc
 from cri.changes import Changes
+from cri.chunks import chunks
 from cri.image_service.auth import Credentials
 from cri.image_service.images import Image, Images
 from oci.errors import InvalidArgument
 from oci.writable_layers import WritableLayers
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-STREAM_CHUNK = 1000  # images per message: far below kubelet's 16 MiB
 
 
 class ImageService(api_pb2_grpc.ImageServiceServicer):
@@ -33,9 +32,8 @@ class ImageService(api_pb2_grpc.ImageServiceServicer):
     async def StreamImages(
         self, request: api.StreamImagesRequest, context: Context
     ) -> AsyncIterator[api.StreamImagesResponse]:
-        images = self._matching(request.filter)
-        for start in range(0, len(images), STREAM_CHUNK):
-            yield api.StreamImagesResponse(images=images[start : start + STREAM_CHUNK])
+        for chunk in chunks(self._matching(request.filter)):
+            yield api.StreamImagesResponse(images=chunk)
 
     async def ImageStatus(self, request: api.ImageStatusRequest, context: Context) -> api.ImageStatusResponse:
         image = self._images.find(_reference(request.image))

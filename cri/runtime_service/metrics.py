@@ -114,9 +114,9 @@ class PodMetrics:
         loop = asyncio.get_running_loop()
         filesystem = await loop.run_in_executor(self._pool, _filesystem, self._layers.directory)
         pods = [each for each in self._sandboxes.all() if self._runs(each)]
-        # One job per pod: other requests get the threads in between.
-        jobs = [self._list_one(*each, filesystem) for each in zip(pods, self._stats.places(pods), strict=True)]
-        return list(await asyncio.gather(*jobs))
+        # One job per pod, one at a time: other requests get the threads, and the loop the interpreter, in between.
+        places = self._stats.places(pods)
+        return [await self._list_one(*each, filesystem) for each in zip(pods, places, strict=True)]
 
     def _runs(self, sandbox: Sandbox) -> bool:
         return sandbox.state is SandboxState.READY or any(each.is_alive for each in self._containers.of(sandbox.id))

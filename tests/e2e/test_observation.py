@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from cri.api.runtime.v1 import api_pb2 as pb
+from tests.e2e.conftest import MakeDaemon
 from tests.e2e.harness.client import Client, Pod
 from tests.e2e.harness.daemon import Daemon
 from tests.e2e.harness.ports import wait_until
@@ -164,6 +165,20 @@ def test_created_and_exited_containers_have_stats_too(client: Client, busybox: s
     with pytest.raises(grpc.RpcError) as failure:
         stats_of(client, "0" * 64)
     assert failure.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+def test_what_a_container_wrote_last_is_counted_after_its_end(client: Client, busybox: str) -> None:
+    pod = client.run_pod("last")
+    container_id = client.run(pod, busybox, FOR_EVER)
+    before = stats_of(client, container_id).writable_layer.used_bytes.value
+    client.exec_sync(container_id, ["dd", "if=/dev/zero", "of=/file", "bs=1M", "count=4"])
+
+    client.stop(container_id)
+
+    assert before < 1 << 20
+    wait_until(
+        lambda: stats_of(client, container_id).writable_layer.used_bytes.value >= 4 << 20, "the layer is counted", 30
+    )
 
 
 def test_a_pod_on_the_node_s_network_has_no_network_stats(client: Client, busybox: str) -> None:
@@ -339,15 +354,18 @@ class Listener:
 
     def __init__(self, client: Client) -> None:
         self.events: list[pb.ContainerEventResponse] = []
+        self.code: grpc.StatusCode | None = None
         self._call = client.runtime.GetContainerEvents(pb.GetEventsRequest())
         self._call.initial_metadata()  # comes once the daemon listens for us
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
 
     def _read(self) -> None:
-        with contextlib.suppress(grpc.RpcError):
+        try:
             for event in self._call:
                 self.events.append(event)
+        except grpc.RpcError as error:
+            self.code = error.code()
 
     def wait(self, condition: Callable[[list[pb.ContainerEventResponse]], bool]) -> list[pb.ContainerEventResponse]:
         wait_until(lambda: condition(self.events), "the events have come", 20)
@@ -355,7 +373,11 @@ class Listener:
 
     def close(self) -> None:
         self._call.cancel()
+        self.join()
+
+    def join(self) -> None:
         self._thread.join(10)
+        assert not self._thread.is_alive()
 
 
 @contextlib.contextmanager
@@ -458,6 +480,26 @@ def test_the_status_of_a_pod_has_its_containers_and_the_time(client: Client, bus
     assert first.containers_statuses[0] == client.status(container_id)
     assert 0 < first.timestamp < second.timestamp
     assert abs(first.timestamp / 1e9 - time.time()) < 60
+
+
+def test_a_restarted_daemon_tells_rates_and_events_at_once(make_daemon: MakeDaemon, busybox: str) -> None:
+    daemon = make_daemon()
+    client = daemon.client()
+    pod = client.run_pod("restart")
+    container_id = client.run(pod, busybox, BUSY)
+    listener = Listener(client)
+
+    daemon.restart()
+
+    listener.join()
+    assert listener.code is grpc.StatusCode.UNAVAILABLE
+    assert stats_of(client, container_id).cpu.usage_nano_cores.value > 50_000_000
+    with listening(client) as again:
+        client.remove_pod(pod.id)
+        events = again.wait(is_deleted(pod.id))
+    kinds = [each.container_event_type for each in events if each.container_id == container_id]
+    assert kinds == [pb.CONTAINER_STOPPED_EVENT, pb.CONTAINER_DELETED_EVENT]
+    assert all(each.pod_sandbox_status.metadata == pod.config.metadata for each in events)
 
 
 # Lists
