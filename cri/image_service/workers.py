@@ -43,6 +43,7 @@ class Workers:
         self._progress_timeout_s = progress_timeout_s
         self._idle: list[asyncio.subprocess.Process] = []
         self._all: set[asyncio.subprocess.Process] = set()
+        self._reaping: set[asyncio.Task[None]] = set()
         self._trim: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -63,7 +64,7 @@ class Workers:
             answered = True
         finally:
             if not answered:
-                await self._kill(process)
+                await self._end(process)
         self._keep(process)
         if "error" in answer:
             raise _error(answer["error"], request)
@@ -74,15 +75,19 @@ class Workers:
         self._closed = True
         if self._trim is not None:
             self._trim.cancel()
-        for process in list(self._all):
-            await self._kill(process)
+        while self._all:
+            for process in self._all:
+                _kill(process)  # who is using it sees its end, and reaps it
+            self._dismiss_idle()
+            await asyncio.wait([asyncio.ensure_future(process.wait()) for process in self._all])
+            await asyncio.wait([*self._reaping, asyncio.ensure_future(asyncio.sleep(0))])
 
     async def _start(self) -> asyncio.subprocess.Process:
         while self._idle:
             process = self._idle.pop()
             if process.returncode is None:
                 return process
-            self._all.discard(process)
+            self._dismiss(process)
         if self._closed:
             raise Unavailable("the image service is closing")
         process = await asyncio.create_subprocess_exec(
@@ -98,6 +103,9 @@ class Workers:
             limit=_LINE_LIMIT_BYTES,
         )
         self._all.add(process)
+        if self._closed:
+            await self._end(process)
+            raise Unavailable("the image service is closing")
         return process
 
     async def _ask(
@@ -122,7 +130,8 @@ class Workers:
             ) from error
         except (ConnectionError, ValueError) as error:
             log.warning("image worker %d: %s", process.pid, error)
-        await self._kill(process)
+        _kill(process)
+        await process.wait()
         raise Unavailable(f"image worker {_ended(process.returncode)} while {_doing(request)}")
 
     def _keep(self, process: asyncio.subprocess.Process) -> None:
@@ -139,18 +148,30 @@ class Workers:
             self._dismiss(self._idle.pop())
 
     def _dismiss(self, process: asyncio.subprocess.Process) -> None:
-        """Lets an idle worker end by itself; it does when its stdin does."""
-        assert process.stdin is not None
-        process.stdin.close()
-        reaping = asyncio.get_running_loop().create_task(process.wait())
-        reaping.add_done_callback(lambda _: self._all.discard(process))
+        """Lets a worker that nobody uses end by itself; it does when its stdin does."""
+        task = asyncio.get_running_loop().create_task(self._reap(process))
+        self._reaping.add(task)
+        task.add_done_callback(self._reaping.discard)
 
-    async def _kill(self, process: asyncio.subprocess.Process) -> None:
-        if process.returncode is None:
-            with suppress(ProcessLookupError):
-                process.kill()
-        await asyncio.shield(asyncio.ensure_future(process.wait()))
+    async def _reap(self, process: asyncio.subprocess.Process) -> None:
+        """Waits until the process and our ends of its pipes are gone."""
+        assert process.stdin is not None and process.stdout is not None  # both are pipes
+        process.stdin.close()
+        with suppress(ValueError):  # a line over the limit, of which nobody wants the rest
+            while await process.stdout.read(1 << 16):
+                pass
+        await process.wait()
         self._all.discard(process)
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        _kill(process)
+        await asyncio.shield(self._reap(process))
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            process.kill()
 
 
 def _error(answer: dict[str, Any], request: dict[str, Any]) -> Exception:

@@ -1,5 +1,6 @@
 """Layers become trees that overlayfs understands, whatever their archives try."""
 
+import gc
 import os
 import stat
 import tarfile
@@ -24,6 +25,7 @@ def _nothing_else_changes(tmp_path: Path) -> Iterator[None]:
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside/secret").write_text("untouched")
     (tmp_path / "outside/secret").chmod(0o640)
+    gc.collect()
     before = names("/proc/self/fd")
 
     yield
