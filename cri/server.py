@@ -42,21 +42,19 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         handler = await continuation(handler_call_details)
         method = handler_call_details.method.rpartition("/")[2]
         if handler is not None and handler.unary_unary:
-            return grpc.unary_unary_rpc_method_handler(
-                self._unary(method, handler.unary_unary), handler.request_deserializer, handler.response_serializer
-            )
+            behaviour = self._unary(method, handler.unary_unary, handler.request_deserializer)
+            return grpc.unary_unary_rpc_method_handler(behaviour, None, handler.response_serializer)
         if handler is not None and handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(
-                self._stream(method, handler.unary_stream), handler.request_deserializer, handler.response_serializer
-            )
+            behaviour = self._stream(method, handler.unary_stream, handler.request_deserializer)
+            return grpc.unary_stream_rpc_method_handler(behaviour, None, handler.response_serializer)
         return handler
 
-    def _unary(self, method: str, behaviour: Any) -> Any:
-        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    def _unary(self, method: str, behaviour: Any, decode: Any) -> Any:
+        async def call(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             with log.bound(method=method):
                 started = time.monotonic()
                 try:
-                    response = await behaviour(request, context)
+                    response = await behaviour(_decoded(method, request, decode), context)
                 except Exception as error:
                     code = self._failed(method, error, started)
                     await context.abort(code, errors.text_of(error))
@@ -68,11 +66,11 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
 
         return call
 
-    def _stream(self, method: str, behaviour: Any) -> Any:
-        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+    def _stream(self, method: str, behaviour: Any, decode: Any) -> Any:
+        async def call(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             started = time.monotonic()
             try:
-                async for response in behaviour(request, context):
+                async for response in behaviour(_decoded(method, request, decode), context):
                     yield response
             except Exception as error:
                 code = self._failed(method, error, started)
@@ -92,6 +90,14 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         else:
             _log.warning("%s: %s: %s", method, code.name, error)
         return code
+
+
+def _decoded(method: str, request: bytes, decode: Any) -> Any:
+    """The request's message. gRPC itself would answer a malformed one with UNKNOWN, as if the defect were ours."""
+    try:
+        return decode(request)
+    except Exception as error:
+        raise InvalidArgument(f"{method}: {len(request)} bytes that are not its request: {error}") from error
 
 
 class Server:

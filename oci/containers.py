@@ -36,7 +36,7 @@ from oci.handlers import Handler, Handlers
 from oci.hooks import Adjusted, ContainerHooks, NoContainerHooks
 from oci.image import ImageConfig
 from oci.image_volumes import ImageMount, ImageVolumes
-from oci.linux import cgroup, passwd, proc
+from oci.linux import cgroup, passwd, proc, tree
 from oci.linux.node import Node
 from oci.monitor_client import (
     ExecResult,
@@ -48,13 +48,16 @@ from oci.monitor_client import (
     wait_orphan_exit,
 )
 from oci.rootfs import Rootfs, Shift
+from oci.runtime import Runtime
 from oci.state import Records, Unreadable
 from oci.status import ContainerState
 
 _log = logging.getLogger(__name__)
 
 DEFAULT_STOP_SIGNAL = "SIGTERM"
-DISCARD_WAIT_S = 30.0  # how long a failed CreateContainer waits for its own cleanup before it answers
+DELETE_TIMEOUT_S = 15.0  # of the OCI runtime's delete
+END_TIMEOUT_S = 5.0  # for processes that were killed to leave their cgroup
+DISCARD_WAIT_S = 5.0  # how long a failed CreateContainer waits for its own cleanup before it answers
 KILL_RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # after SIGKILL, until the kernel lets the process go
 
 
@@ -487,13 +490,26 @@ class Containers:
         record = container.record
         handler = self._handlers.find(record.runtime_handler)
         if handler is not None:
-            await handler.runtime.delete(record.id)
+            await self._delete_from(handler.runtime, container)
         if container.monitor is not None:
             container.monitor.close()
             container.monitor = None
         await self._pooled(self._unmount, record.id)
         for holder, _ in _holders(record):
             self._holds.release(holder)
+
+    async def _delete_from(self, runtime: Runtime, container: Container) -> None:
+        """Let the OCI runtime forget the container; do by hand what one that fails or hangs does not."""
+        try:
+            await runtime.delete(container.id, DELETE_TIMEOUT_S)
+        except Error as error:
+            _log.warning("container %s: %s; ending it without the runtime", container.id, error)
+            await self._pooled(self._end_without, runtime, self.cgroup_path(container), container.id)
+
+    def _end_without(self, runtime: Runtime, cgroup_path: str, id: ContainerId) -> None:
+        self._node.cgroups.kill(cgroup_path)
+        self._node.cgroups.remove(cgroup_path, END_TIMEOUT_S)
+        tree.remove(runtime.root / id)
 
     def _unmount(self, id: ContainerId) -> None:
         self._image_volumes.unmount(id)

@@ -37,7 +37,7 @@ from sandbox.spec import SandboxSpec
 _log = logging.getLogger(__name__)
 
 PAUSE_OOM_SCORE_ADJ = -998  # the pause goes last: without it the pod's PID namespace is gone
-DISCARD_WAIT_S = 30.0  # how long a failed RunPodSandbox waits for its own cleanup before it answers
+DISCARD_WAIT_S = 5.0  # how long a failed RunPodSandbox waits for its own cleanup before it answers
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ LISTENER = 3  # the fd number of the listening socket
 UNUSED_S = 30.0  # a monitor without a container and without a client is of no use
 DRAIN_BYTES = 2 * 1024 * 1024  # more than a pipe can hold
 FLUSH_S = 5.0  # attached clients have this long to read the end
-DELETE_S = 30.0
+DELETE_S = 5.0  # the daemon tries again, and in the end without the runtime
 
 
 class Client:

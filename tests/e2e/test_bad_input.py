@@ -1,6 +1,7 @@
 """Bad requests and broken surroundings: the right code, within the deadline, and nothing left behind."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -218,7 +219,9 @@ def test_an_exec_without_a_command_is_an_invalid_argument(client: Client, busybo
         client.exec_sync(container_id, [])
 
 
-@pytest.mark.parametrize("reference", ["", "UPPER/case", "a b", "x:y:z", "img@sha256:short", "http://host/img", "/img"])
+@pytest.mark.parametrize(
+    "reference", ["", "host.io/UPPER", "a b", "x:y:z", "img@sha256:short", "http://host/img", "/img"]
+)
 def test_a_malformed_image_name_is_an_invalid_argument(client: Client, reference: str) -> None:
     with fails(Code.INVALID_ARGUMENT):
         client.pull(reference, timeout_s=20)
@@ -273,12 +276,17 @@ def fakes(directory: Path) -> Path:
     """A directory of executables that misbehave."""
     folder = directory / "fakes"
     folder.mkdir(exist_ok=True)
+    unless_del = 'cat >/dev/null; [ "$CNI_COMMAND" = DEL ] && exit 0;'
+    features = 'for word; do [ $word = features ] && echo \'{"ociVersionMin":"1.0.0"}\' && exit 0; done;'
+    luck = '{"cniVersion":"1.0.0","code":11,"msg":"no luck today"}'
     scripts = {
-        "fails": 'cat >/dev/null; echo \'{"cniVersion":"1.0.0","code":11,"msg":"no luck today"}\'; exit 1',
-        "garbage": "cat >/dev/null; echo '{]'",
-        "hangs": 'cat >/dev/null; [ "$CNI_COMMAND" = DEL ] && exit 0; exec sleep 4714',
-        "runtime-fails": 'echo "broken on purpose" >&2; exit 1',
-        "runtime-hangs": "exec sleep 4715",
+        "fails": f"{unless_del} echo '{luck}'; exit 1",
+        "garbage": f"{unless_del} echo '{{]'",
+        "hangs": f"{unless_del} exec sleep 4714",
+        "fails-for-a-while": f"cat >/dev/null; [ -e {folder}/mended ] && exit 0; echo '{luck}'; exit 1",
+        "runtime-fails": f"{features} echo 'broken on purpose' >&2; exit 1",
+        "runtime-hangs": f"{features} exec sleep 4715",
+        "runtime-never-answers": "exec sleep 4716",
     }
     for name, body in scripts.items():
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -316,13 +324,14 @@ def replace(path: Path, text: str) -> None:
 @pytest.fixture(scope="module")
 def shared_daemon(make_daemon: Callable[..., Daemon], fakes: Path) -> Daemon:
     """With plugins and OCI runtimes that misbehave, and short deadlines for them."""
+    runtimes = ("runtime-fails", "runtime-hangs", "runtime-never-answers")
     plugins = ["/opt/cni/bin", "/usr/lib/cni", "/usr/libexec/cni", str(fakes)]
     return make_daemon(
         {
             "network": {"plugin_dirs": plugins, "timeout": 2},
             "runtime": {
                 "container_create_timeout": 3,
-                "handlers": {name: {"path": str(fakes / name)} for name in ("runtime-fails", "runtime-hangs")},
+                "handlers": {name: {"path": str(fakes / name)} for name in runtimes},
             },
         }
     )
@@ -345,6 +354,13 @@ def test_a_cni_plugin_that_hangs_is_ended_at_its_deadline(daemon: Daemon, client
         client.run_pod("network")
 
     assert time.monotonic() - started < 15
+
+
+def test_a_cleanup_that_fails_is_tried_again_until_it_is_done(daemon: Daemon, client: Client, fakes: Path) -> None:
+    threading.Timer(1.0, (fakes / "mended").touch).start()
+
+    with network_of(daemon, client, "fails-for-a-while"), fails((Code.INTERNAL, Code.UNAVAILABLE), "no luck today"):
+        client.run_pod("network")
 
 
 def test_a_cni_plugin_that_is_not_installed_is_told_by_name(daemon: Daemon, client: Client) -> None:
@@ -390,6 +406,11 @@ def test_an_oci_runtime_that_hangs_is_ended_at_its_deadline(client: Client, busy
 
     assert time.monotonic() - started < 20
     assert not client.containers()
+
+
+def test_an_oci_runtime_that_never_answers_is_told_as_such(client: Client) -> None:
+    with fails((Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED), "runtime-never-answers"):
+        client.run_pod("runtime", handler="runtime-never-answers")
 
 
 # The edge itself
