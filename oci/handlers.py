@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from oci.errors import InvalidArgument
+from oci.errors import InvalidArgument, Unavailable
 from oci.runtime import Runtime
 from oci.spec import RuntimeFeatures
 
@@ -31,8 +31,11 @@ class Handler:
 
 
 class Handlers:
-    def __init__(self, handlers: Iterable[Handler], default: str) -> None:
+    """`unusable` are those that are configured but did not answer, with what was seen."""
+
+    def __init__(self, handlers: Iterable[Handler], default: str, unusable: Mapping[str, str] | None = None) -> None:
         self._by_name = {handler.name: handler for handler in handlers}
+        self._unusable = unusable or {}
         self.default = default
 
     def all(self) -> list[Handler]:
@@ -42,9 +45,14 @@ class Handlers:
         return self._by_name.get(name or self.default)
 
     def resolve(self, name: str) -> Handler:
-        """The handler of this name; "" is the default one. Raises InvalidArgument for one that is not configured."""
+        """The handler of this name; "" is the default one.
+
+        Raises InvalidArgument for one that is not configured, Unavailable for one that did not answer at the start.
+        """
         handler = self.find(name)
         if handler is None:
+            if why := self._unusable.get(name):
+                raise Unavailable(f"runtime_handler: {name!r} did not answer when the daemon started: {why}")
             known = ", ".join(sorted(self._by_name)) or "none"
             raise InvalidArgument(f"runtime_handler: {name or self.default!r} is not configured (configured: {known})")
         return handler

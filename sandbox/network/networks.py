@@ -130,12 +130,16 @@ class Networks:
     async def _wrong_in_plugins(self) -> str:
         for network in self.selected:
             try:
-                for plugin in _executables(network):
-                    self._cni.plugins.find(plugin)
+                self.require_plugins(network)
                 await self._cni.status(network, PROBE_S)
             except Error as error:
                 return f'network "{network.name}" of {self._conf_dir} is not ready: {error}'
         return ""
+
+    def require_plugins(self, network: NetworkConfig) -> None:
+        """Raises Unavailable, which names the first plugin of `network` that is in none of the directories."""
+        for plugin in _executables(network):
+            self._cni.plugins.find(plugin)
 
     async def _negotiated(self, network: NetworkConfig) -> NetworkConfig:
         """The network in the highest version that it and all its plugins allow ("Version considerations")."""

@@ -82,11 +82,14 @@ class PodNetwork:
     def plan(self, request: PodNetworkRequest) -> tuple[Attachment, ...]:
         """The attachments that `add` shall make, for the sandbox's record.
 
-        Raises Unavailable when no network is configured, InvalidArgument for an annotation that is wrong.
+        Raises Unavailable when no network is configured or a plugin of it is missing (then not even a cleanup could be
+        run), InvalidArgument for an annotation that is wrong.
         """
         networks = self._networks.selected
         if not networks:
             raise Unavailable(f"pod {request.namespace}/{request.name}: {self._networks.status.message}")
+        for network in networks:
+            self._networks.require_plugins(network)
         parameters(request, "")
         _warn_of_unmapped_ports(request, networks)
         return tuple(

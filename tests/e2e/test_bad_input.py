@@ -422,7 +422,7 @@ def test_bytes_that_are_no_message_are_answered_with_an_error(client: Client) ->
     with pytest.raises(grpc.RpcError) as failure:
         call(b"\xff\xff\xff\xff", timeout=5)
 
-    assert failure.value.code() in (Code.INTERNAL, Code.INVALID_ARGUMENT)
+    assert failure.value.code() in (Code.INTERNAL, Code.INVALID_ARGUMENT, Code.UNKNOWN)  # gRPC answers this by itself
     assert client.runtime.Version(pb.VersionRequest(), timeout=5).runtime_name == "crito"
 
 

@@ -21,6 +21,7 @@ from tests.e2e.harness.leftovers import Owned
 from tests.e2e.harness.network import PLUGIN_DIRS, BridgeNetwork
 from tests.e2e.harness.ports import wait_until
 
+FORK_SERVER = ("crito-forks", "crito-zygote")
 CRITO = Path(sys.executable).with_name("crito")
 
 
@@ -74,7 +75,7 @@ class Daemon:
         try:
             wait_until(self._answers, "the daemon answers", timeout_s, self.process)
         except (RuntimeError, TimeoutError) as error:
-            raise RuntimeError(f"{error}\n{self.log_tail()}") from None
+            raise RuntimeError(f"{error}\n{self.log_tail(15)}") from None
 
     def stop(self, timeout_s: float = 30) -> int:
         """Ask it to end; its exit status."""
@@ -118,13 +119,16 @@ class Daemon:
         try:
             leftovers.nothing_added(before, self.owned, self.own_processes(), timeout_s)
         except AssertionError as error:
-            raise AssertionError(f"{error}\nthe daemon's log:\n{self.log_tail()}") from None
+            raise AssertionError(f"{error}\nthe daemon's log:\n{self.log_tail(15)}") from None
 
     def own_processes(self) -> list[int]:
-        """The daemon and its children (stream server, layer workers); what outlives it is not among them."""
-        if self.process is None:
-            return []
-        return [self.process.pid, *(each.pid for each in leftovers.processes() if each.parent == self.process.pid)]
+        """The daemon, its children (stream server, layer workers) and its fork server: what may live without pods."""
+        pid = self.process.pid if self.process is not None else -1
+        return [
+            each.pid
+            for each in leftovers.processes()
+            if pid in (each.pid, each.parent) or (each.name in FORK_SERVER and self.owned.is_mark(each.marks))
+        ]
 
     def lose_memory(self) -> None:
         """What a reboot does while the daemon is not running: all in memory ends, and the boot id is another one."""

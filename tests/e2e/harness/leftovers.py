@@ -14,6 +14,7 @@ from tests.e2e.harness.network import BridgeNetwork
 class Process:
     pid: int
     parent: int
+    name: str  # comm
     command: str
     marks: str  # everything by which a process can be traced to a daemon: command, cgroups, working directory, root
 
@@ -29,7 +30,8 @@ def processes() -> Iterator[Process]:
             marks = "\n".join([command, (entry / "cgroup").read_text(), *_links(entry)])
         except (FileNotFoundError, ProcessLookupError):
             continue
-        yield Process(int(entry.name), int(fields[1]), command or stat.split(" ", 2)[1], marks)
+        name = stat[stat.index("(") + 1 : stat.rindex(")")]
+        yield Process(int(entry.name), int(fields[1]), name, command or name, marks)
 
 
 def _links(entry: Path) -> Iterator[str]:
@@ -61,7 +63,7 @@ Traces = dict[str, set[str]]
 def traces(owned: Owned, without: Iterable[int] = ()) -> Traces:
     """Everything of `owned`, by kind; `without` are processes that may live (the daemon and its children)."""
     return {
-        "processes": {f"{p.pid} {p.command}" for p in owned_processes(owned, without)},
+        "processes": {f"{p.pid} {p.name}: {p.command}" for p in owned_processes(owned, without)},
         "mounts": {line for line in Path("/proc/self/mountinfo").read_text().splitlines() if owned.is_mark(line)},
         "cgroups": set(cgroups(owned)),
         "links": set(owned.network.ports()),
