@@ -48,11 +48,11 @@ from oci.bundle import Bundles
 from oci.clock import Clock
 from oci.container import ContainerRecord
 from oci.containers import Containers, ContainerSettings
-from oci.errors import Error, FailedPrecondition, InvalidArgument
+from oci.errors import Error, FailedPrecondition, InvalidArgument, Unavailable
 from oci.events import Bus, Event, EventKind
 from oci.handlers import Handler, Handlers
 from oci.image_volumes import ImageVolumes
-from oci.linux import cgroup, node
+from oci.linux import cgroup, lsm, node
 from oci.linux.systemd import Systemd
 from oci.monitor_client import ForkServer
 from oci.rootfs import Rootfs
@@ -300,6 +300,16 @@ class Daemon:
         }
 
 
+async def _load_apparmor_profile() -> None:
+    """Bring the default profile into the kernel where there is AppArmor; without it pods run unconfined."""
+    if not lsm.has_apparmor():
+        return
+    try:
+        await lsm.load_apparmor_default()
+    except Unavailable as error:
+        _log.warning("containers without an AppArmor profile of their own run unconfined: %s", error)
+
+
 async def run_canary(runtime: Runtime, root: Path) -> Any:
     """Let `runtime` run a container of one tiny program; `root` is on a file system where programs may run."""
     parent = cgroup.check_parent(runtime.driver, "")
@@ -327,6 +337,7 @@ async def _build(config: Config, stack: contextlib.AsyncExitStack) -> Daemon:
     root, run_dir = config.crito.root, config.crito.run_dir
     await stack.enter_async_context(_locked(root, run_dir))
     driver = _driver(config)
+    await _load_apparmor_profile()
     here = node.detect()
     mounts = ThreadPoolExecutor(MOUNT_THREADS, "mounts")
     stack.callback(mounts.shutdown, wait=False, cancel_futures=True)

@@ -198,7 +198,11 @@ def _unified_memory(directory: Path) -> Memory | None:
 
 def _unified_swap(directory: Path) -> Swap | None:
     usage = cgroup_files.number(directory / "memory.swap.current")
-    return None if usage is None else Swap(usage, _left(cgroup_files.number(_limited(directory) / "memory.swap.max"), usage))
+    return (
+        None
+        if usage is None
+        else Swap(usage, _left(cgroup_files.number(_limited(directory) / "memory.swap.max"), usage))
+    )
 
 
 def _limited(directory: Path) -> Path:

@@ -33,7 +33,7 @@ class Node:
     has_swap_limit: bool
     hugepage_sizes: frozenset[str]  # "2MB" …, empty where hugetlb cannot be limited
     architecture: seccomp.Architecture
-    apparmor_default: str = lsm.APPARMOR_DEFAULT
+    apparmor_default: str = lsm.APPARMOR_DEFAULT  # "" where it could not be loaded
 
 
 def detect(root: Path = Path("/")) -> Node:
@@ -49,6 +49,7 @@ def detect(root: Path = Path("/")) -> Node:
         has_swap_limit=_has_swap_limit(cgroups),
         hugepage_sizes=_hugepage_sizes(cgroups, root),
         architecture=seccomp.architecture(),
+        apparmor_default=lsm.APPARMOR_DEFAULT if lsm.APPARMOR_DEFAULT in lsm.apparmor_profiles(root / "sys") else "",
     )
 
 

@@ -24,8 +24,9 @@ from oci.container_spec import (
     UserNamespace,
 )
 from oci.image import ImageConfig
-from oci.linux import cgroup, mount, passwd
+from oci.linux import cgroup, lsm, mount, passwd
 from oci.linux import node as nodes
+from oci.linux.systemd import Systemd
 from oci.rootfs import Rootfs, Shift
 
 PASSWD = """\
@@ -38,6 +39,9 @@ web:x:1001:
 shared:x:5000:web,other
 other:x:5001:other
 """
+
+
+PERMITTED = tuple(nodes.permitted(limit) for limit in nodes.DEFAULT_RLIMITS)
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Host:
     node: nodes.Node
     features: spec.RuntimeFeatures
     pod: PodEnvironment
+    defaults: spec.Defaults = field(default_factory=lambda: spec.Defaults(rlimits=PERMITTED))
     ids: list[ContainerId] = field(default_factory=list)
 
     def prepare(
@@ -80,12 +85,13 @@ class Host:
                 container_id=id,
                 rootfs=root,
                 user=user,
-                cgroups_path=cgroup.runtime_path(cgroup.Driver.CGROUPFS, self.parent, id),
+                cgroups_path=cgroup.runtime_path(self.runtime.driver, self.parent, id),
                 volumes=self.rootfs.make_volumes(id, image.volumes, mounted, shift=shift),
                 annotations=annotations or {},
             ),
             host=asyncio.run(host.look_up(wanted)),
             features=self.features,
+            defaults=self.defaults,
         )
         self.bundles.write(id, config)
         return id, config
@@ -117,6 +123,10 @@ class Host:
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return done.stdout.rstrip("\n")
 
+    def cgroup(self, id: ContainerId) -> str:
+        """Where the container's cgroup lies."""
+        return cgroup.child_path(self.runtime.driver, self.parent, id)
+
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*self.runtime.argv, *arguments],
@@ -135,11 +145,17 @@ class Host:
             self.rootfs.remove(id)
             self.bundles.remove(id)
         self.rootfs.release()
-        cgroups = cgroup.detect()
-        cgroups.remove(self.parent)
+        if self.node.has_apparmor:
+            Path("/sys/kernel/security/apparmor/.remove").write_text(self.node.apparmor_default)
+            assert self.node.apparmor_default not in lsm.apparmor_profiles()
+        cgroups, parent = cgroup.detect(), cgroup.parent_path(self.runtime.driver, self.parent)
+        if self.runtime.driver is cgroup.Driver.SYSTEMD:
+            asyncio.run(Systemd().stop_unit("critotest.slice"))
+        else:
+            cgroups.remove(parent)
         mount.unmount_below(self.directory)
         assert mount.mounts_below(self.directory) == []
-        assert not cgroups.exists(self.parent)
+        assert not cgroups.exists(parent)
         assert self.bundles.ids() == []
         assert asyncio.run(self.runtime.ids()) == []
 
@@ -152,22 +168,31 @@ def secure(script: str, **fields: Any) -> ContainerSpec:
     return shell(script, security=SecurityContext(**fields))
 
 
-@pytest.fixture(params=["crun", "runc"])
+def _parameters() -> Iterator[str]:
+    for name in ("crun", "runc"):
+        yield f"{name}-cgroupfs"
+        if Path("/run/systemd/system").is_dir():
+            yield f"{name}-systemd"
+
+
+@pytest.fixture(params=_parameters())
 def machine(request: pytest.FixtureRequest) -> Iterator[Host]:
     if os.geteuid() != 0:
         pytest.skip("needs root")
-    found = runtime.find().get(request.param)
+    name, _, driver = request.param.partition("-")
+    found = runtime.find().get(name)
     if found is None:
-        pytest.skip(f"{request.param} is not installed")
+        pytest.skip(f"{name} is not installed")
     # Not pytest's: its parents are closed to the ids of a user namespace.
     with tempfile.TemporaryDirectory(prefix="crito-") as directory:
         Path(directory).chmod(0o711)
-        yield from _machine(request.param, found, Path(directory))
+        yield from _machine(name, found, cgroup.Driver(driver), Path(directory))
 
 
-def _machine(name: str, found: Path, directory: Path) -> Iterator[Host]:
-    tried = runtime.Runtime(name, found, directory / "runtime", cgroup.Driver.CGROUPFS)
-    parent = f"/crito-test-{os.getpid()}-{name}"
+def _machine(name: str, found: Path, driver: cgroup.Driver, directory: Path) -> Iterator[Host]:
+    tried = runtime.Runtime(name, found, directory / "runtime", driver)
+    own = f"critotest-{name}{os.getpid()}"
+    parent = f"{own}.slice" if driver is cgroup.Driver.SYSTEMD else f"/{own}"
     canary = asyncio.run(tried.canary(directory, parent))
     if not canary.ok:
         pytest.skip(canary.reason)
@@ -183,6 +208,9 @@ def _machine(name: str, found: Path, directory: Path) -> Iterator[Host]:
         pod=pod_environment(directory),
     )
     host.rootfs.prepare()
+    if host.node.has_apparmor:
+        host.node = replace(host.node, apparmor_default=f"critotest-{os.getpid()}")
+        asyncio.run(lsm.load_apparmor_default(host.node.apparmor_default))
     try:
         yield host
     finally:

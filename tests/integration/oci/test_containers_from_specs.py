@@ -135,8 +135,9 @@ def test_the_pods_files_hostname_and_namespaces_are_there(machine: Host) -> None
     pinned = [machine.pod.net_ns, machine.pod.ipc_ns, machine.pod.uts_ns]
     assert [int(re.sub(r"\D", "", line)) for line in output[5:8]] == [Path(path).stat().st_ino for path in pinned]
     assert output[8] == "1"
-    assert output[9] == "lo"
-    assert "size=1024k" in output[10]
+    assert "lo" in output[9:-1]
+    assert not {"eth0", "docker0"} & set(output[9:-1])
+    assert "size=1024k" in output[-1]
 
 
 def test_what_the_kubelet_masks_is_masked_and_read_only(machine: Host) -> None:
@@ -171,7 +172,7 @@ def test_limits_are_in_the_cgroup_and_can_be_changed(machine: Host) -> None:
     node = machine.node
     wanted = shell("sleep 60", resources=Resources(memory_limit_bytes=64 << 20, cpu_shares=512, cpu_quota=50000))
     id = machine.start(wanted)
-    path = cgroup.child_path(cgroup.Driver.CGROUPFS, machine.parent, id)
+    path = machine.cgroup(id)
 
     before = stats.read(node.cgroups, path)
     update = spec.update_resources(Resources(memory_limit_bytes=128 << 20, cpu_shares=256), node)
@@ -198,7 +199,7 @@ def test_the_file_limit_is_the_default_and_the_oom_score_is_the_pods(machine: Ho
         shell("ulimit -Sn; ulimit -Hn; cat /proc/self/oom_score_adj", resources=Resources(oom_score_adj=987))
     )
 
-    assert output.split() == ["1024", "524288", "987"]
+    assert output.split() == [str(machine.defaults.rlimits[0].soft), str(machine.defaults.rlimits[0].hard), "987"]
 
 
 def test_an_oom_score_below_what_is_permitted_is_clamped(machine: Host) -> None:
@@ -370,6 +371,19 @@ def test_a_user_namespace_shifts_the_image_and_the_writable_layer(machine: Host)
     assert (machine.layers[0] / "data/file").stat().st_uid == 1000
 
 
+def test_apparmor_confines_where_it_is_there(machine: Host) -> None:
+    if not machine.node.has_apparmor:
+        pytest.skip("this host has no AppArmor")
+    read = "cat /proc/self/attr/current"
+
+    assert machine.run(shell(read)) == f"{machine.node.apparmor_default} (enforce)"
+    assert machine.run(secure(read, apparmor=Profile(ProfileKind.UNCONFINED))) == "unconfined"
+    assert machine.run(secure(read, privileged=True)) == "unconfined"
+    refused = machine.attempt(secure("mount -t tmpfs none /tmp", capabilities=Capabilities(add=("SYS_ADMIN",))))
+    assert refused.returncode != 0
+    assert "denied" in refused.stderr
+
+
 def test_the_runtime_tells_the_state_and_kills(machine: Host) -> None:
     id = machine.start(shell("sleep 60"))
 
@@ -460,11 +474,12 @@ def test_image_mounts_are_read_only(machine: Host) -> None:
             id,
             machine.rootfs.path(id),
             User(0, 0, (0,)),
-            f"{machine.parent}/x",
+            cgroup.runtime_path(machine.runtime.driver, machine.parent, id),
             image_mounts={"/v": volume},
         ),
         host=HostObjects(),
         features=machine.features,
+        defaults=machine.defaults,
     )
     machine.bundles.write(id, config)
 

@@ -51,6 +51,16 @@ def test_a_v2_cgroup_is_read(tmp_path: Path) -> None:
     assert found.processes == 3
 
 
+def test_the_limit_of_a_scope_is_that_of_the_container_within(tmp_path: Path) -> None:
+    write(tmp_path / "c.scope", memory__current="1000\n", memory__max="max\n")
+    write(tmp_path / "c.scope/container", memory__current="900\n", memory__max="5000\n")
+
+    found = stats.read(v2(tmp_path), "/c.scope")
+
+    assert found.memory is not None
+    assert (found.memory.usage_bytes, found.memory.available_bytes) == (1000, 4000)
+
+
 def test_a_v1_cgroup_is_read(tmp_path: Path) -> None:
     write(tmp_path / "cpuacct/c", cpuacct__usage="77\n")
     write(tmp_path / "pids/c", pids__current="4\n")
