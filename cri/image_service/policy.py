@@ -1,6 +1,7 @@
 """Which images may be taken: containers-policy.json(5), of which this build knows what needs no signature."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,17 @@ from typing import Any
 from cri.image_service.reference import Reference
 from oci.errors import PermissionDenied
 
+SYSTEM_POLICY = Path("/etc/containers/policy.json")  # where containers-policy.json(5) says; nodes may have none
 _KNOWN_TYPES = ("insecureAcceptAnything", "reject", "signedBy", "sigstoreSigned")
 
 
 def check(path: Path | None, transport: str, scopes: list[str], subject: str) -> None:
     """Raises PermissionDenied starting "SignatureValidationFailed" unless the policy at `path` accepts the image.
 
-    `scopes` are the image's own, most specific first. No path means that nothing is required; a file that is missing,
-    wrong, or that asks for signatures, refuses: a policy never fails open.
+    `scopes` are the image's own, most specific first. No path means that nothing is required, and so does a node
+    without the system's file; a file elsewhere that is missing, any that is wrong or asks for signatures, refuses.
     """
-    if path is None:
+    if path is None or (path == SYSTEM_POLICY and not os.path.lexists(path)):
         return
     for requirement in _requirements(path, _read(path), transport, scopes):
         kind = requirement.get("type") if isinstance(requirement, dict) else None

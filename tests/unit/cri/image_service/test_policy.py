@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from cri.image_service import policy
 from cri.image_service.policy import check, file_scopes, registry_scopes
 from cri.image_service.reference import parse
 from oci.errors import PermissionDenied
@@ -93,6 +94,17 @@ def test_a_wrong_policy_refuses_everything(tmp_path: Path, content: Any) -> None
 def test_a_missing_policy_file_refuses_everything(tmp_path: Path) -> None:
     with pytest.raises(PermissionDenied, match=r"^SignatureValidationFailed: cannot read policy"):
         check(tmp_path / "none", "docker", [], "image")
+
+
+def test_a_node_without_the_systems_policy_file_requires_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "SYSTEM_POLICY", tmp_path / "system.json")
+    check(tmp_path / "system.json", "docker", [], "image")
+
+    (tmp_path / "system.json").symlink_to("dangling")
+    with pytest.raises(PermissionDenied):
+        check(tmp_path / "system.json", "docker", [], "image")
 
 
 def test_local_files_have_their_directories_as_scopes(tmp_path: Path) -> None:
