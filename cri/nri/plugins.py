@@ -110,7 +110,9 @@ class Plugins:
         self._apply = apply
         self._plugins: tuple[Plugin, ...] = ()  # in the order in which they are asked
         self._connected: set[Plugin] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._coming: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Task[None]] = set()
+        self._is_closing = False
         self._server: asyncio.Server | None = None
 
     # Asking
@@ -209,11 +211,13 @@ class Plugins:
         await self._take_in(plugin, reader, writer)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._connected) >= CONNECTIONS_AT_ONCE:
-            _log.warning("NRI: more than %d connections: one is refused", CONNECTIONS_AT_ONCE)
+        if self._is_closing or len(self._connected) >= CONNECTIONS_AT_ONCE:
+            _log.warning("NRI: a connection is refused: there are %d", len(self._connected))
             writer.transport.abort()
             return
-        await self._take_in(Plugin(), reader, writer)
+        task = asyncio.create_task(self._take_in(Plugin(), reader, writer), name="NRI plugin that comes")
+        self._coming.add(task)
+        task.add_done_callback(self._coming.discard)
 
     async def _take_in(self, plugin: Plugin, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """From the connection to a synchronised plugin; one that fails on the way is dropped."""
@@ -310,19 +314,24 @@ class Plugins:
             _log.info("NRI plugin %s has gone", _known_as(plugin))
         if plugin.process is not None:
             task = asyncio.create_task(program.end(plugin.process), name=f"end of NRI plugin {plugin.full_name}")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
 
     async def close(self) -> None:
         """Close every connection, as a sign to reconnect to the next daemon, and end the plugins that were started."""
+        self._is_closing = True
         if self._server is not None:
             self._server.close()
+        coming = list(self._coming)
+        for task in coming:
+            task.cancel()
+        await asyncio.gather(*coming, return_exceptions=True)
         connections = [plugin.connection for plugin in self._connected if plugin.connection is not None]
         for connection in connections:
             connection.close("the daemon ends")
         for connection in connections:
             await connection.wait_closed()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._ending, return_exceptions=True)
         if self._settings.socket is not None:
             with contextlib.suppress(FileNotFoundError):
                 self._settings.socket.unlink()

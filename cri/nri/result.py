@@ -158,7 +158,8 @@ class Creation:
         self._env(wanted.env, plugin)
         self._args(wanted.args, plugin)
         self._hooks(wanted, plugin)
-        self._linux(wanted.linux, plugin)
+        if wanted.HasField("linux"):
+            self._linux(wanted.linux, plugin)
         for limit in wanted.rlimits:
             self.owners.claim_entry(self._id, _F("Rlimits"), limit.type, plugin)
             made.rlimits.append(limit)
@@ -173,7 +174,8 @@ class Creation:
     def _linux(self, wanted: nri.LinuxContainerAdjustment, plugin: str) -> None:
         made, seen = self.adjustment.linux, self.request.container.linux
         self._list(_F("Devices"), wanted.devices, made.devices, seen.devices, _path, plugin)
-        merge_limits(self.owners, self._id, wanted.resources, (made.resources, seen.resources), plugin)
+        if wanted.HasField("resources"):
+            merge_limits(self.owners, self._id, wanted.resources, (made.resources, seen.resources), plugin)
         for name, field in _LINUX.items():
             if _is_set(wanted, name):
                 self.owners.claim(self._id, field, plugin)
