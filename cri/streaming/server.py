@@ -56,6 +56,8 @@ class StreamServer:
         """Take nobody new; who is here is served on."""
         self._accepting.cancel()
         if self._listener is not None:
+            # The cancelled accept forgets its fd a turn of the loop later: somebody else's by then.
+            asyncio.get_running_loop().remove_reader(self._listener.fileno())
             self._listener.close()
             self._listener = None
 

@@ -74,11 +74,17 @@ class Frames:
                 elif isinstance(event, events.Ping):
                     yield Reply(self._connection.send(event.response()))
                 elif isinstance(event, events.CloseConnection):
-                    if self._connection.state is ConnectionState.REMOTE_CLOSING:
-                        yield Reply(self._connection.send(event.response()))
-                    yield Closed()
+                    yield from self._closed(event)
         except (RemoteProtocolError, LocalProtocolError) as error:
             raise WebSocketError(str(error)) from error
+
+    def _closed(self, event: events.CloseConnection) -> Iterator[Reply | Closed]:
+        state = self._connection.state
+        if state is ConnectionState.OPEN:  # wsproto's way to tell of a frame that is none
+            raise WebSocketError(event.reason or f"closed with {event.code}")
+        if state is ConnectionState.REMOTE_CLOSING:
+            yield Reply(self._connection.send(event.response()))
+        yield Closed()
 
     def message(self, data: bytes) -> bytes:
         return self._connection.send(events.BytesMessage(data))
