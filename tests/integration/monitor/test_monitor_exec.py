@@ -39,6 +39,21 @@ def test_exec_sync_gives_output_and_exit_code(world: Any, process: Any) -> None:
     asyncio.run(main())
 
 
+def test_the_hosts_null_device_is_not_given_to_a_containers_user(world: Any, process: Any) -> None:
+    async def main() -> None:
+        async with world() as w:
+            monitor = await w.started("c", ["sleep", "1000"])
+            other = {**process("sh", "-c", "echo >&0; head -c 1"), "user": {"uid": 1000, "gid": 1000}}
+
+            result = await monitor.exec_sync(other, 10)
+
+            assert (result.exit_code, result.stdout, result.stderr) == (0, b"", b"")
+            assert (Path("/dev/null").stat().st_uid, Path("/dev/null").stat().st_mode & 0o777) == (0, 0o666)
+            assert list(Path("/dev").glob(".crito-null-*")) == []
+
+    asyncio.run(main())
+
+
 def test_a_killed_process_has_128_and_the_signal(world: Any, process: Any) -> None:
     async def main() -> None:
         async with world() as w:

@@ -8,7 +8,7 @@ import pytest
 from oci import host
 from oci.container_spec import ContainerSpec, Device, Mount, Profile, ProfileKind, SecurityContext
 from oci.errors import DeadlineExceeded, Error, InvalidArgument
-from oci.linux import devices, mount
+from oci.linux import mount
 
 
 def mounted(path: Path, fstype: str) -> list[mount.MountPoint]:
