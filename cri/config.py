@@ -34,6 +34,13 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
+class TlsVersion(StrEnum):
+    """By the names that Go gives them, as kubelet's and CRI-O's settings have them."""
+
+    TLS_1_2 = "VersionTLS12"
+    TLS_1_3 = "VersionTLS13"
+
+
 def setting(kind: Kind[Any], default: Any, doc: str, *, shown: str = "") -> Any:
     """A dataclass field that is a key of the file; `shown` tells what the default is where the host decides it."""
     return field(default=default, metadata={"kind": kind, "doc": doc, "shown": shown})
@@ -72,7 +79,7 @@ class ApiSection:
 
 @dataclass(frozen=True, slots=True)
 class StreamingSection:
-    """The server to which Exec, Attach and PortForward send their callers. Without effect in this version."""
+    """The server to which Exec, Attach and PortForward send their callers (see streaming.md)."""
 
     address: str = setting(
         kinds.ADDRESS, "127.0.0.1", "IP address to listen on; also the host of the URLs that are returned."
@@ -84,6 +91,15 @@ class StreamingSection:
     tls_key: Path | None = setting(kinds.OPTIONAL_PATH, None, "Private key (PEM) of tls_cert.")
     tls_ca: Path | None = setting(
         kinds.OPTIONAL_PATH, None, "CA (PEM) that must have signed the callers' certificates; empty asks for none."
+    )
+    tls_min_version: TlsVersion = setting(
+        kinds.choice(TlsVersion), TlsVersion.TLS_1_2, "Least version of TLS that callers may use."
+    )
+    tls_cipher_suites: tuple[str, ...] = setting(
+        kinds.TEXTS,
+        (),
+        "Cipher suites of TLS 1.2 by their IANA names, such as TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256; empty: OpenSSL's"
+        " defaults. Those of TLS 1.3 are all good, and not for choice.",
     )
     idle_timeout: float = setting(
         kinds.DURATION, 4 * 3600.0, "A session on which nothing moves for this long is closed; 0 closes none."

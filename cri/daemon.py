@@ -482,7 +482,13 @@ def _stream_settings(config: Config) -> StreamSettings:
     streaming = config.streaming
     tls = None
     if streaming.tls_cert and streaming.tls_key:
-        tls = TlsSettings(str(streaming.tls_cert), str(streaming.tls_key), str(streaming.tls_ca or ""))
+        tls = TlsSettings(
+            str(streaming.tls_cert),
+            str(streaming.tls_key),
+            str(streaming.tls_ca or ""),
+            str(streaming.tls_min_version),
+            streaming.tls_cipher_suites,
+        )
     return StreamSettings(streaming.address, streaming.port, streaming.idle_timeout, tls)
 
 

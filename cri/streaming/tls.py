@@ -13,11 +13,11 @@ class TlsSettings:
     cert: str
     key: str
     ca: str = ""  # "" asks callers for no certificate
-    min_version: str = "1.2"
-    ciphers: str = ""  # OpenSSL's names, for TLS 1.2; "" is OpenSSL's choice
+    min_version: str = "VersionTLS12"
+    cipher_suites: tuple[str, ...] = ()  # of TLS 1.2, by their IANA names; () is OpenSSL's choice
 
 
-_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
+_VERSIONS = {"VersionTLS12": ssl.TLSVersion.TLSv1_2, "VersionTLS13": ssl.TLSVersion.TLSv1_3}
 
 
 class TlsContexts:
@@ -45,8 +45,8 @@ class TlsContexts:
         settings = self._settings
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = _VERSIONS[settings.min_version]
-        if settings.ciphers:
-            context.set_ciphers(settings.ciphers)
+        if settings.cipher_suites:
+            context.set_ciphers(":".join(map(openssl_name, settings.cipher_suites)))
         context.load_cert_chain(settings.cert, settings.key)
         if settings.ca:
             context.load_verify_locations(settings.ca)
@@ -57,6 +57,13 @@ class TlsContexts:
         """Tells when a file was written or replaced; a missing one (in the middle of a replacement) is None."""
         settings = self._settings
         return tuple(_stat(Path(path)) for path in (settings.cert, settings.key, settings.ca) if path)
+
+
+def openssl_name(suite: str) -> str:
+    """What OpenSSL calls a suite: TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256 is ECDHE-RSA-AES128-GCM-SHA256 there."""
+    exchange, _, cipher = suite.removeprefix("TLS_").partition("_WITH_")
+    cipher = cipher.replace("AES_", "AES").replace("CHACHA20_POLY1305_SHA256", "CHACHA20_POLY1305")
+    return "-".join(filter(None, [exchange if exchange != "RSA" else "", cipher])).replace("_", "-")
 
 
 def _stat(path: Path) -> tuple[int, int, int] | None:
