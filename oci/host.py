@@ -57,20 +57,54 @@ async def look_up(spec: ContainerSpec, *, privileged_devices: bool = True, timeo
 
     Raises InvalidArgument for what is missing or malformed, DeadlineExceeded for a volume that does not answer.
     """
-    points = await asyncio.to_thread(mount.mountinfo)
+    found = await asyncio.to_thread(_look_up_local, spec, privileged_devices)
     sources: dict[str, str] = {}
     for wanted in spec.mounts:
         if not wanted.image:
-            sources[wanted.host_path] = await _source(wanted, points, timeout_s)
-    return HostObjects(sources, *await asyncio.to_thread(_files, spec, privileged_devices))
+            sources[wanted.host_path] = await _source(wanted, found.reached[wanted.host_path], found.points, timeout_s)
+    return HostObjects(sources, found.devices, found.seccomp)
 
 
-async def _source(wanted: Mount, points: Sequence[MountPoint], timeout_s: float) -> str:
-    what = f"mount of {wanted.host_path!r} at {wanted.container_path!r}"
-    if not wanted.host_path.startswith("/"):
-        raise InvalidArgument(f"{what}: host_path is not absolute")
+@dataclass(frozen=True, slots=True)
+class _Reached:
+    """How far a path could be followed without asking anybody: to the end when `rest` is empty."""
+
+    path: str
+    rest: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Local:
+    """What one thread has found without waiting for anybody."""
+
+    points: tuple[MountPoint, ...]
+    reached: Mapping[str, _Reached | OSError]  # by host path
+    devices: tuple[DeviceNode, ...]
+    seccomp: Mapping[str, Any] | None
+
+
+def _look_up_local(spec: ContainerSpec, privileged_devices: bool) -> _Local:
+    points = tuple(mount.mountinfo()) if spec.mounts else ()
+    reached: dict[str, _Reached | OSError] = {}
+    for wanted in spec.mounts:
+        if wanted.host_path.startswith("/"):
+            reached[wanted.host_path] = _attempt(wanted.host_path, points)
+        elif not wanted.image:
+            raise InvalidArgument(f"{_named(wanted)}: host_path is not absolute")
+    return _Local(points, reached, *_files(spec, privileged_devices))
+
+
+def _attempt(path: str, points: Sequence[MountPoint]) -> _Reached | OSError:
     try:
-        real = await real_path(wanted.host_path, points, timeout_s)
+        return _follow_local(path, points)
+    except OSError as error:
+        return error
+
+
+async def _source(wanted: Mount, reached: _Reached | OSError, points: Sequence[MountPoint], timeout_s: float) -> str:
+    what = _named(wanted)
+    try:
+        real = await _rest(reached, points, timeout_s)
     except DeadlineExceeded as error:
         raise DeadlineExceeded(f"{what}: {error}") from error
     except OSError as error:
@@ -80,16 +114,26 @@ async def _source(wanted: Mount, points: Sequence[MountPoint], timeout_s: float)
     return real
 
 
+def _named(wanted: Mount) -> str:
+    return f"mount of {wanted.host_path!r} at {wanted.container_path!r}"
+
+
 async def real_path(path: str, points: Sequence[MountPoint], timeout_s: float) -> str:
     """`path` without symbolic links. Raises OSError when it does not exist, DeadlineExceeded when its server hangs."""
-    local, rest = await asyncio.to_thread(_follow_local, path, points)
-    if not rest:
-        return local
-    return await _follow_remote(f"{local.rstrip('/')}/{rest}", points, timeout_s)
+    return await _rest(await asyncio.to_thread(_attempt, path, points), points, timeout_s)
 
 
-def _follow_local(path: str, points: Sequence[MountPoint]) -> tuple[str, str]:
-    """As much of the path as lies on local file systems, resolved, and what is left from the first remote one on."""
+async def _rest(reached: _Reached | OSError, points: Sequence[MountPoint], timeout_s: float) -> str:
+    if isinstance(reached, OSError):
+        raise reached
+    if not reached.rest:
+        return reached.path
+    return await _follow_remote(f"{reached.path.rstrip('/')}/{reached.rest}", points, timeout_s)
+
+
+def _follow_local(path: str, points: Sequence[MountPoint]) -> _Reached:
+    """Follow the path as far as it lies on local file systems, link by link."""
+    asking = [point for point in points if point.fstype not in _LOCAL]
     reached, parts, links = "/", list(reversed(PurePosixPath(path).parts[1:])), 0
     while parts:
         part = parts.pop()
@@ -97,8 +141,8 @@ def _follow_local(path: str, points: Sequence[MountPoint]) -> tuple[str, str]:
             reached = str(PurePosixPath(reached).parent)
             continue
         inner = f"{reached.rstrip('/')}/{part}"
-        if is_remote(inner, points):
-            return reached, "/".join([part, *reversed(parts)])
+        if asking and mount.mount_of(Path(inner), asking) and is_remote(inner, points):
+            return _Reached(reached, "/".join([part, *reversed(parts)]))
         try:
             pointed = os.readlink(inner)  # noqa: PTH115
         except OSError as error:
@@ -112,7 +156,7 @@ def _follow_local(path: str, points: Sequence[MountPoint]) -> tuple[str, str]:
         if pointed.startswith("/"):
             reached = "/"
         parts.extend(reversed([part for part in pointed.split("/") if part not in ("", ".")]))
-    return reached, ""
+    return _Reached(reached, "")
 
 
 def is_remote(path: str, points: Sequence[MountPoint]) -> bool:

@@ -113,7 +113,7 @@ class Host:
         id, _ = self.prepare(wanted)
         with (self.directory / "output").open("w") as output:
             argv = [*self.runtime.argv, "run", "--detach", "--bundle", str(self.bundles.path(id)), id]
-            done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=30, check=False)
+            done = subprocess.run(argv, input=b"", stdout=output, stderr=output, timeout=30, check=False)
         assert done.returncode == 0, (self.directory / "output").read_text()
         return id
 
@@ -130,7 +130,7 @@ class Host:
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*self.runtime.argv, *arguments],
-            stdin=subprocess.DEVNULL,
+            input="",  # a pipe: crun would give the host's null device to the container's user
             capture_output=True,
             text=True,
             errors="surrogateescape",
