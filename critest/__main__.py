@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     with tempfile.TemporaryDirectory(prefix="critest-", ignore_cleanup_errors=True) as folder, hugetlb_hierarchy():
         home = Path(folder)
-        daemon = Daemon(home / "d", _settings(arguments.handler))
+        daemon = Daemon(home / "d", _settings(arguments.handler, home))
         try:
             daemon.registries_conf.write_text(_mirrors(arguments.registry))
             daemon.start()
@@ -83,8 +83,9 @@ def _missing(registry: str) -> str:
     return ""
 
 
-def _settings(handler: str) -> dict[str, Any]:
-    return {"runtime": {"default_handler": handler}} if handler else {}
+def _settings(handler: str, home: Path) -> dict[str, Any]:
+    nri = {"nri": {"enable": True, "plugin_path": home / "no-plugins"}}
+    return {"runtime": {"default_handler": handler}, **nri} if handler else nri
 
 
 def _mirrors(registry: str) -> str:
@@ -103,7 +104,8 @@ def _run(daemon: Daemon, home: Path, arguments: argparse.Namespace) -> list[Spec
         str(_suite_for(arguments.registry, home)),
         f"--runtime-endpoint={endpoint}",
         f"--image-endpoint={endpoint}",
-        f"--parallel={parallel}",
+        f"--nri-socket={daemon.run_dir / 'nri.sock'}",
+        *([f"--parallel={parallel}"] if parallel > 1 else []),  # ginkgo refuses 1
         f"--ginkgo.json-report={report}",
         "--ginkgo.no-color",
         *(f"--ginkgo.skip={re.escape(each['spec'])}" for each in skips()),

@@ -116,13 +116,19 @@ def test_the_ends_of_containers_are_told_before_the_end_of_their_pod(
     assert ends == ["StopContainer"] * 3 + ["StopPodSandbox"]
 
 
-def test_what_a_plugin_adjusts_is_what_the_container_gets(client: Client, connect: Connect, busybox: str, tmp_path: Path) -> None:  # fmt: skip
+def test_what_a_plugin_adjusts_is_what_the_container_gets(
+    client: Client, connect: Connect, busybox: str, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("from the plugin\n")
     connect(
         handlers=adjusting(
             env=[nri.KeyValue(key="NEW", value="value"), nri.KeyValue(key="-GONE")],
             annotations={"plugin": "was-here"},
-            args=["sh", "-c", "echo $NEW,$GONE; cat /mnt/file; ulimit -c; ls -l /dev/mine; exec sleep 100000"],
+            args=[
+                "sh",
+                "-c",
+                "echo $NEW,$GONE; cat /mnt/file /proc/self/oom_score_adj; ulimit -c; ls -l /dev/mine; sleep 100000",
+            ],
             mounts=[nri.Mount(destination="/mnt", type="bind", source=str(tmp_path), options=["rbind", "ro"])],
             rlimits=[nri.POSIXRlimit(type="RLIMIT_CORE", soft=0, hard=0)],
             linux=nri.LinuxContainerAdjustment(
@@ -133,16 +139,16 @@ def test_what_a_plugin_adjusts_is_what_the_container_gets(client: Client, connec
         )
     )
     pod = client.run_pod("adjusted")
-    container_id = client.run(pod, busybox, FOR_EVER, envs=[pb.KeyValue(key="GONE", value="still here")])
+    container_id = client.run(pod, busybox, FOR_EVER, envs=[pb.KeyValue(key="GONE", value=b"still here")])
     deadline = time.monotonic() + 10
-    while len(client.log(pod).splitlines()) < 4:
+    while len(client.log(pod).splitlines()) < 5:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
     lines = client.log(pod).splitlines()
-    assert lines[:3] == ["value,", "from the plugin", "0"]
-    assert lines[3].startswith("c") and "1,   3" in lines[3]
-    assert client.exec_sync(container_id, ["cat", "/proc/1/oom_score_adj"]).stdout == b"777\n"
+    assert lines[:4] == ["value,", "from the plugin", "777", "0"]
+    assert lines[4].startswith("c")
+    assert "1,   3" in lines[4]
     assert client.status(container_id).resources.linux.memory_limit_in_bytes == 64 << 20
     assert client.exec_sync(container_id, ["sh", "-c", "echo $NEW"]).stdout == b"value\n"
 
@@ -153,15 +159,14 @@ def test_a_container_in_another_cgroup_is_found_there(client: Client, connect: C
     pod = client.run_pod("moved")
     container_id = client.run(pod, busybox, FOR_EVER)
 
-    pid = client.status(container_id) and client.exec_sync(container_id, ["cat", "/proc/1/cgroup"]).stdout.decode()
-    assert "by-plugin" in pid
+    assert b"by-plugin" in client.exec_sync(container_id, ["cat", "/proc/self/cgroup"]).stdout
     stats = client.runtime.ContainerStats(pb.ContainerStatsRequest(container_id=container_id), timeout=10).stats
     assert stats.memory.usage_bytes.value > 0
 
 
 def test_plugins_that_want_the_same_thing_refuse_the_container(client: Client, connect: Connect, busybox: str) -> None:
     first = connect(index="10", name="one", handlers=adjusting(args=["one"]))
-    connect(index="20", name="two", handlers=adjusting(args=["two"]))
+    connect(index="20", name="two", handlers=adjusting(args=["true"]))
     pod = client.run_pod("conflict")
 
     with pytest.raises(grpc.RpcError, match="'10-one' and '20-two' both set Args"):
@@ -188,7 +193,7 @@ def test_a_step_that_a_plugin_refuses_fails_with_its_words_and_can_be_tried_agai
         client.runtime.UpdateContainerResources(request, timeout=10)
 
     config = client.pod_config("refused")
-    with pytest.raises(grpc.RpcError, match="10-guard refuses.*not today"):
+    with pytest.raises(grpc.RpcError, match=r"10-guard refuses.*not today"):
         steps()
     plugin.handlers.clear()
 
@@ -334,7 +339,6 @@ def test_a_new_daemon_takes_plugins_in_anew_and_tells_ends_only_once(
     make_daemon: MakeDaemon, directory: Path, busybox: str
 ) -> None:
     daemon = make_daemon({"nri": {"enable": True, "plugin_path": directory / "no-plugins"}})
-    before = daemon.traces()
     client, socket = daemon.client(), daemon.run_dir / "nri.sock"
     with contextlib.closing(client):
         pod = client.run_pod("restart")
@@ -356,10 +360,9 @@ def test_a_new_daemon_takes_plugins_in_anew_and_tells_ends_only_once(
 
             assert [method for method in new.methods(ended) if method.startswith("Stop")] == []
             assert new.methods(running)[-2:] == ["StopContainer", "RemoveContainer"]
+        assert not client.pods()
         daemon.stop()
         assert not socket.exists()
-        daemon.start()
-        daemon.nothing_added(before)
 
 
 def test_without_the_switch_there_is_no_socket_and_nothing_of_it_is_loaded(

@@ -125,3 +125,16 @@ def test_a_new_cpuset_gets_its_parents_cpus(tmp_path: Path) -> None:
 
     assert (tmp_path / "x/cpuset.cpus").read_text() == "0-1"
     assert (tmp_path / "x/cpuset.mems").read_text() == "0"
+
+
+@pytest.mark.parametrize(
+    ("driver", "path", "expected"),
+    [
+        (cgroup.Driver.CGROUPFS, "/a/b", "/a/b"),
+        (cgroup.Driver.SYSTEMD, "kubepods-pod1.slice:crito:c1", "/kubepods.slice/kubepods-pod1.slice/crito-c1.scope"),
+        (cgroup.Driver.SYSTEMD, ":by:plugin", "/system.slice/by-plugin.scope"),
+        (cgroup.Driver.SYSTEMD, "a.slice::b.slice", "/a.slice/b.slice"),
+    ],
+)
+def test_the_cgroup_of_a_runtime_spec_is_found(driver: cgroup.Driver, path: str, expected: str) -> None:
+    assert cgroup.from_runtime_path(driver, path) == expected
