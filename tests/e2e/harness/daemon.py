@@ -122,12 +122,12 @@ class Daemon:
             raise AssertionError(f"{error}\nthe daemon's log:\n{self.log_tail(15)}") from None
 
     def own_processes(self) -> list[int]:
-        """The daemon, its children (stream server, layer workers) and its fork server: what may live without pods."""
+        """The daemon, its children (layer workers), its fork server and its stream server: what lives without pods."""
         pid = self.process.pid if self.process is not None else -1
         return [
             each.pid
             for each in leftovers.processes()
-            if pid in (each.pid, each.parent) or (each.name in FORK_SERVER and self.owned.is_mark(each.marks))
+            if pid in (each.pid, each.parent) or (_is_server(each) and self.owned.is_mark(each.marks))
         ]
 
     def lose_memory(self) -> None:
@@ -174,6 +174,10 @@ class Daemon:
         for section, values in self.settings.items():
             tables[section] = {**tables.get(section, {}), **values}
         return tables
+
+
+def _is_server(process: leftovers.Process) -> bool:
+    return process.name in FORK_SERVER or "cri/streaming/__main__.py" in process.command
 
 
 def destroy_owned(owned: Owned) -> None:

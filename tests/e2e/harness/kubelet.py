@@ -27,8 +27,9 @@ SYSCTLS = (
 
 
 class Kubelet:
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon, feature_gates: Mapping[str, bool] | None = None) -> None:
         self.daemon = daemon
+        self.feature_gates = dict(feature_gates or {})
         self.directory = daemon.directory / "kubelet"
         self.manifests = self.directory / "manifests"
         self.log = self.directory / "log"
@@ -89,10 +90,15 @@ class Kubelet:
     def stats(self) -> dict[str, Any]:
         return self._get("/stats/summary")
 
-    def _get(self, path: str) -> dict[str, Any]:
+    def text(self, path: str) -> str:
+        """What kubelet answers at `path`, such as "/metrics/cadvisor"."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.read_only_port}{path}", timeout=20) as answer:
-            body: dict[str, Any] = json.loads(answer.read())
-            return body
+            body: bytes = answer.read()
+            return body.decode()
+
+    def _get(self, path: str) -> dict[str, Any]:
+        body: dict[str, Any] = json.loads(self.text(path))
+        return body
 
     def _answers(self) -> bool:
         try:
@@ -133,6 +139,7 @@ class Kubelet:
             "imageGCLowThresholdPercent": 99,
             "shutdownGracePeriod": "0s",
             "registerNode": False,
+            "featureGates": self.feature_gates,
         }
 
 
@@ -144,10 +151,10 @@ def _hierarchies() -> Iterator[Path]:
 
 
 @contextmanager
-def running_kubelet(daemon: Daemon) -> Iterator[Kubelet]:
+def running_kubelet(daemon: Daemon, feature_gates: Mapping[str, bool] | None = None) -> Iterator[Kubelet]:
     """A kubelet, with the host's sysctls put back when it ends."""
     before = {name: Path("/proc/sys", name).read_text() for name in SYSCTLS if Path("/proc/sys", name).exists()}
-    kubelet = Kubelet(daemon)
+    kubelet = Kubelet(daemon, feature_gates)
     try:
         kubelet.start()
         yield kubelet

@@ -64,13 +64,21 @@ def traces(owned: Owned, without: Iterable[int] = ()) -> Traces:
     """Everything of `owned`, by kind; `without` are processes that may live (the daemon and its children)."""
     return {
         "processes": {f"{p.pid} {p.name}: {p.command}" for p in owned_processes(owned, without)},
-        "mounts": {line for line in Path("/proc/self/mountinfo").read_text().splitlines() if owned.is_mark(line)},
+        "mounts": set(_mounts(owned)),
         "cgroups": set(cgroups(owned)),
         "links": set(owned.network.ports()),
         "leases": set(owned.network.leased()),
         "firewall": set(_firewall_rules(owned)),
         "files": set(_files(owned.root)) | set(_files(owned.run_dir)),
     }
+
+
+def _mounts(owned: Owned) -> Iterator[str]:
+    """Without the numbers by which the same mount, made again, would be another one."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        if owned.is_mark(line):
+            fields = line.split()
+            yield f"{fields[fields.index('-') + 1]} {fields[3]} on {fields[4]}"
 
 
 def owned_processes(owned: Owned, without: Iterable[int] = ()) -> list[Process]:
