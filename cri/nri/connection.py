@@ -157,6 +157,8 @@ class Connection:
             data = ttrpc.encode(Frame(frame.stream, Kind.RESPONSE, response.SerializeToString()))
             if self.is_open:
                 self._writer.write(mux.frames(mux.RUNTIME_SERVICE, data))
+        with contextlib.suppress(OSError):  # it has gone: the reader sees that too
+            await self._writer.drain()  # whoever asks and does not read runs out of requests
 
     async def _response(self, payload: bytes) -> envelope.Response:
         try:

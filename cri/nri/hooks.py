@@ -198,6 +198,8 @@ class ContainerPlugins:
             await self._apply(updates.others(), ())
         except Error as error:
             _log.warning("container %s has ended: %s", container.id, error)
+        except Exception:  # a defect of ours must not keep the container from being released
+            _log.exception("container %s has ended: telling NRI plugins", container.id)
 
     async def removing(self, container: Container) -> None:
         await self.stopped(container)
@@ -222,6 +224,8 @@ class ContainerPlugins:
             await self._ask(container, event, method, request, nri.Empty)
         except Error as error:
             _log.warning("container %s: %s", container.id, error)
+        except Exception:  # a defect of ours must not stop what has been decided
+            _log.exception("container %s: %s", container.id, method)
 
 
 class SandboxPlugins:
@@ -288,6 +292,8 @@ class SandboxPlugins:
             await self._ask(sandbox, event, method, request)
         except Error as error:
             _log.warning("pod sandbox %s: %s", sandbox.id, error)
+        except Exception:  # a defect of ours must not stop what has been decided
+            _log.exception("pod sandbox %s: %s", sandbox.id, method)
 
 
 def _done() -> asyncio.Future[None]:

@@ -367,6 +367,24 @@ def test_a_plugin_that_floods_with_requests_is_dropped(runtime: Runtime, monkeyp
     asyncio.run(scenario())
 
 
+def test_a_plugin_that_asks_and_never_reads_the_answers_is_dropped(runtime: Runtime) -> None:
+    async def scenario() -> None:
+        async with runtime.running():
+            connection = dial(runtime.socket)
+            connection.settimeout(5)
+            nonsense = struct.pack(">IIBB", 0, 1, 1, 0)
+
+            def flood() -> None:
+                with contextlib.suppress(OSError):
+                    while True:
+                        connection.sendall(mux.frames(2, nonsense))
+
+            await asyncio.wait_for(asyncio.to_thread(flood), 10)
+            connection.close()
+
+    asyncio.run(scenario())
+
+
 def test_connections_have_a_limit(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugins_module, "CONNECTIONS_AT_ONCE", 2)
 
