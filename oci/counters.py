@@ -27,6 +27,8 @@ class CpuCounters:
     periods: int | None
     throttled_periods: int | None
     throttled_ns: int | None
+    bursts: int = 0  # periods in which more than the quota was used; 0 on a kernel that allows none
+    burst_ns: int = 0
     psi: Psi | None = None
 
 
@@ -71,10 +73,12 @@ class HugePages:
 
 @dataclass(frozen=True, slots=True)
 class ProcessCounters:
-    processes: int
+    """`processes` and `files` are None where they were not asked for."""
+
+    processes: int | None
     threads: int | None
     threads_max: int | None  # 0 is unlimited
-    files: open_files.OpenFiles
+    files: open_files.OpenFiles | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +93,17 @@ class Counters:
     processes: ProcessCounters | None
 
 
-def read(cgroups: Cgroups, path: str) -> Counters:
-    """Raises NotFound when there is no such cgroup (any more)."""
+def read(cgroups: Cgroups, path: str, *, each_process: bool = True) -> Counters:
+    """Raises NotFound when there is no such cgroup (any more). Without `each_process` no process is looked at."""
     # Text paths: a scrape opens some twenty files for each container, and a Path for each takes longer than the read.
     unified = counting_hierarchy(cgroups)
     if unified is not None:
         directory = str(unified.mountpoint / path.strip("/"))
         _require([directory], path)
-        return _read_unified(directory)
+        return _read_unified(directory, each_process)
     found = {name: str(at) for name in _CONTROLLERS if (at := cgroups.directory(name, path)) is not None}
     _require(found.values(), path)
-    return _read_v1(found)
+    return _read_v1(found, each_process)
 
 
 def _require(directories: Iterable[str], path: str) -> None:
@@ -110,14 +114,14 @@ def _require(directories: Iterable[str], path: str) -> None:
 # --- v2
 
 
-def _read_unified(directory: str) -> Counters:
+def _read_unified(directory: str, each_process: bool) -> Counters:
     return Counters(
         cpu=_unified_cpu(directory),
         memory=_unified_memory(directory),
         io=tuple(_unified_io(cgroup_files.text(f"{directory}/io.stat") or "")),
         io_psi=psi(f"{directory}/io.pressure"),
         huge_pages=tuple(_huge_pages(directory, "current", "")),
-        processes=_processes(directory),
+        processes=_processes(directory, each_process),
     )
 
 
@@ -133,6 +137,8 @@ def _unified_cpu(directory: str) -> CpuCounters | None:
         periods=stat.get("nr_periods"),
         throttled_periods=stat.get("nr_throttled"),
         throttled_ns=_from_microseconds(stat.get("throttled_usec")),
+        bursts=stat.get("nr_bursts", 0),
+        burst_ns=stat.get("burst_usec", 0) * 1000,
         psi=psi(f"{directory}/cpu.pressure"),
     )
 
@@ -194,7 +200,7 @@ def _unified_io(text: str) -> Iterator[DeviceIo]:
 # --- v1
 
 
-def _read_v1(directories: Mapping[str, str]) -> Counters:
+def _read_v1(directories: Mapping[str, str], each_process: bool) -> Counters:
     memory, accounted, cpu, pids, blkio, hugetlb = map(directories.get, _CONTROLLERS)
     return Counters(
         cpu=_v1_cpu(accounted, cpu) if accounted else None,
@@ -202,7 +208,7 @@ def _read_v1(directories: Mapping[str, str]) -> Counters:
         io=tuple(_v1_io(blkio)) if blkio else (),
         io_psi=None,
         huge_pages=tuple(_huge_pages(hugetlb, "usage_in_bytes", "max_usage_in_bytes")) if hugetlb else (),
-        processes=_processes(pids) if pids else None,
+        processes=_processes(pids, each_process) if pids else None,
     )
 
 
@@ -219,6 +225,8 @@ def _v1_cpu(accounted: str, cpu: str | None) -> CpuCounters | None:
         periods=stat.get("nr_periods"),
         throttled_periods=stat.get("nr_throttled"),
         throttled_ns=stat.get("throttled_time"),
+        bursts=stat.get("nr_bursts", 0),
+        burst_ns=stat.get("burst_time", 0),
     )
 
 
@@ -291,14 +299,14 @@ def _in_words(kilobytes: int) -> str:
     return f"{kilobytes >> 10}MB" if kilobytes >= 1 << 10 else f"{kilobytes}KB"
 
 
-def _processes(directory: str) -> ProcessCounters | None:
+def _processes(directory: str, each_process: bool) -> ProcessCounters | None:
     if not os.path.isdir(directory):
         return None
-    pids = cgroup_files.processes(directory)
+    pids = cgroup_files.processes(directory) if each_process else None
     most = (cgroup_files.text(f"{directory}/pids.max") or "").strip()
     return ProcessCounters(
-        processes=len(pids),
+        processes=None if pids is None else len(pids),
         threads=cgroup_files.number(f"{directory}/pids.current"),
         threads_max=None if not most else int(most) if most.isdecimal() else 0,
-        files=open_files.count(pids),
+        files=None if pids is None else open_files.count(pids),
     )

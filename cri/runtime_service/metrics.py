@@ -149,7 +149,8 @@ class PodMetrics:
 
     def _pod(self, sandbox: Sandbox, places: PodPlaces) -> list[api.Metric]:
         record = sandbox.record
-        found = self._counters(places.own_cgroup) if places.own_cgroup else None
+        # Processes and their files are told of containers alone, so that sums over a pod's series count them once.
+        found = self._counters(places.own_cgroup, each_process=False) if places.own_cgroup else None
         sample = Sample(
             now_s=int(time.time()),
             start_time_s=record.requested_at // _SECOND,
@@ -165,7 +166,7 @@ class PodMetrics:
     ) -> api.ContainerMetrics:
         record, pod = container.record, sandbox.record.spec
         path = self._containers.cgroup_path(container)
-        found = self._counters(path)
+        found = self._counters(path, each_process=True)
         if found is None:  # it has ended meanwhile
             return api.ContainerMetrics(container_id=record.id)
         sample = Sample(
@@ -180,9 +181,9 @@ class PodMetrics:
         labels = (path, record.id, record.spec.image, pod.namespace, pod.name, record.spec.name)
         return api.ContainerMetrics(container_id=record.id, metrics=_series(sample, labels))
 
-    def _counters(self, path: str) -> Counters | None:
+    def _counters(self, path: str, *, each_process: bool) -> Counters | None:
         try:
-            return counters.read(self._cgroups, path)
+            return counters.read(self._cgroups, path, each_process=each_process)
         except NotFound:
             return None
 
@@ -365,6 +366,10 @@ FAMILIES: tuple[Family, ...] = (
            _of_quota(lambda c: c.throttled_periods)),
     Family("container_cpu_cfs_throttled_seconds_total", "Time spent throttled by the CPU quota, in whole seconds.",
            COUNTER, _of_quota(lambda c: _seconds(c.throttled_ns))),
+    Family("container_cpu_cfs_burst_periods_total", "Periods in which more than the CPU quota was used.", COUNTER,
+           _of_quota(lambda c: c.bursts)),
+    Family("container_cpu_cfs_burst_seconds_total", "CPU time used above the quota, in whole seconds.", COUNTER,
+           _of_quota(lambda c: _seconds(c.burst_ns))),
 
     Family("container_memory_usage_bytes", "Memory in use, page cache included.", GAUGE,
            _of_memory(lambda m: m.usage_bytes)),
@@ -435,9 +440,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("container_threads_max", "How many threads there may be; 0 without a limit.", GAUGE,
            _of_processes(lambda p: p.threads_max)),
     Family("container_file_descriptors", "Open file descriptors of all processes.", GAUGE,
-           _of_processes(lambda p: p.files.fds)),
+           _of_processes(lambda p: p.files.fds if p.files else None)),
     Family("container_sockets", "Open sockets of all processes; not told where they have very many descriptors.", GAUGE,
-           _of_processes(lambda p: p.files.sockets)),
+           _of_processes(lambda p: p.files.sockets if p.files else None)),
     Family("container_ulimits_soft", "Soft limits of the container's first process; not told without a limit.", GAUGE,
            lambda s: ((("max_open_files",), s.open_files_limit),), ("ulimit",)),
 

@@ -192,6 +192,8 @@ def test_a_pod_on_the_node_s_network_has_no_network_stats(client: Client, busybo
 # Metrics
 
 EVERYWHERE = {
+    "container_cpu_cfs_burst_periods_total",
+    "container_cpu_cfs_burst_seconds_total",
     "container_cpu_cfs_periods_total",
     "container_cpu_cfs_throttled_periods_total",
     "container_cpu_cfs_throttled_seconds_total",

@@ -21,8 +21,8 @@ core_sched.force_idle_usec 0
 nr_periods 212
 nr_throttled 31
 throttled_usec 1520345
-nr_bursts 0
-burst_usec 0
+nr_bursts 3
+burst_usec 1700
 """
 MEMORY_STAT = """\
 anon 1048576
@@ -138,6 +138,8 @@ def test_a_v2_cgroup_s_counters_are_read(tmp_path: Path) -> None:
         periods=212,
         throttled_periods=31,
         throttled_ns=1_520_345_000,
+        bursts=3,
+        burst_ns=1_700_000,
         psi=psi,
     )
     assert found.memory == counters.MemoryCounters(
@@ -170,7 +172,10 @@ def test_a_v2_cgroup_s_counters_are_read(tmp_path: Path) -> None:
     assert found.io_psi == psi
     assert found.processes is not None
     assert (found.processes.processes, found.processes.threads, found.processes.threads_max) == (2, 7, 0)
+    assert found.processes.files is not None
     assert found.processes.files.fds > 0
+    fewer = counters.read(v2(tmp_path), "/pod/c", each_process=False)
+    assert fewer.processes == counters.ProcessCounters(None, 7, 0, None)
 
 
 def test_kernel_memory_is_added_up_where_the_kernel_does_not(tmp_path: Path) -> None:
@@ -186,7 +191,10 @@ def test_kernel_memory_is_added_up_where_the_kernel_does_not(tmp_path: Path) -> 
 
 def test_a_v1_cgroup_s_counters_are_read(tmp_path: Path) -> None:
     write(tmp_path / "cpuacct/c", {"cpuacct.usage": "4213370000\n", "cpuacct.stat": "user 310\nsystem 111\n"})
-    write(tmp_path / "cpu/c", {"cpu.stat": "nr_periods 212\nnr_throttled 31\nthrottled_time 1520345000\n"})
+    write(
+        tmp_path / "cpu/c",
+        {"cpu.stat": "nr_periods 212\nnr_throttled 31\nthrottled_time 1520345000\nnr_bursts 3\nburst_time 4\n"},
+    )
     memory = {
         "memory.usage_in_bytes": "9641984\n",
         "memory.max_usage_in_bytes": "20000000\n",
@@ -205,7 +213,7 @@ def test_a_v1_cgroup_s_counters_are_read(tmp_path: Path) -> None:
 
     found = counters.read(v1(tmp_path), "/c")
 
-    assert found.cpu == counters.CpuCounters(4_213_370_000, 3_100_000_000, 1_110_000_000, 212, 31, 1_520_345_000)
+    assert found.cpu == counters.CpuCounters(4_213_370_000, 3_100_000_000, 1_110_000_000, 212, 31, 1_520_345_000, 3, 4)
     assert found.memory == counters.MemoryCounters(
         usage_bytes=9_641_984,
         working_set_bytes=9_641_984 - 5_242_880,

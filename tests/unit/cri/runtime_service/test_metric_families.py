@@ -30,7 +30,7 @@ FULL = Sample(
         unified={"memory.min": "2048"},
     ),
     counters=Counters(
-        cpu=CpuCounters(10 * SECOND, 7 * SECOND, 3 * SECOND + 999, 5, 2, 2 * SECOND, psi(1.5, 11)),
+        cpu=CpuCounters(10 * SECOND, 7 * SECOND, 3 * SECOND + 999, 5, 2, 2 * SECOND, 4, SECOND, psi(1.5, 11)),
         memory=MemoryCounters(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, psi(2, 12)),
         io=(DeviceIo(1_000_000, 1, "Read", 100, 10), DeviceIo(1_000_000, 1, "Write", 200, 20)),
         io_psi=psi(3, 13),
@@ -78,6 +78,8 @@ def test_each_metric_has_the_value_and_labels_that_cadvisor_gave_it() -> None:
         ("container_cpu_cfs_periods_total",): 5,
         ("container_cpu_cfs_throttled_periods_total",): 2,
         ("container_cpu_cfs_throttled_seconds_total",): 2,
+        ("container_cpu_cfs_burst_periods_total",): 4,
+        ("container_cpu_cfs_burst_seconds_total",): 1,
         ("container_memory_usage_bytes",): 1,
         ("container_memory_working_set_bytes",): 2,
         ("container_memory_max_usage_bytes",): 3,
