@@ -27,6 +27,7 @@ from tests.hugetlb import hugetlb_hierarchy
 
 CATATONIT = Path("/usr/bin/catatonit")
 SLEEP = ["sleep", "100000"]
+SETTLED_S = 5.0  # before memory is measured: nothing happens in the pods any more
 STEPS = ("run pod", "create", "start", "pod up", "exec", "stop and remove")
 
 
@@ -144,6 +145,7 @@ def _weigh(peer: Peer, pods: int, registry: Registry) -> None:
         pod = peer.client.run_pod(f"weigh-{number}")
         peer.client.run(pod, f"{registry.host}/bench/busybox:1", SLEEP)
         up.append(pod)
+    time.sleep(SETTLED_S)
     daemon = peer.daemon
     assert daemon.process is not None
     spared = {daemon.process.pid}
