@@ -28,6 +28,16 @@ class Stdin:
         self._rest = b""
         self._sources: list[int] = []
 
+    @property
+    def fd(self) -> int:
+        """-1 once it is closed."""
+        return self._fd
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is on its way to the container."""
+        return not self._rest and not self._sources
+
     def add(self, source: int) -> None:
         """Forward what can be read from `source`, now ours; its end closes the container's stdin if that is `once`."""
         if self._fd < 0:

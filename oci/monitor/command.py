@@ -52,7 +52,7 @@ class Command:
     def expire(self) -> None:
         """Its time is over: kill it and what it has started."""
         self.is_late = True
-        self._kill = TreeKill(self._loop, self.pid, False, lambda left: None)
+        self._kill = TreeKill(self._loop, self.pid, lambda left: None)
 
     def _on_exit(self, status: int) -> None:
         self._timer.cancel()

@@ -125,7 +125,7 @@ class Exec:
             return
         if self.pid:
             self._kill_cgroup()
-            self._kill = processes.TreeKill(self._loop, self.pid, False, self._killed)
+            self._kill = processes.TreeKill(self._loop, self.pid, self._killed)
         elif self._command is not None:  # the runtime itself hangs
             self._command.expire()
 

@@ -64,24 +64,48 @@ class Cgroup:
     read whenever the kernel reports a change, which is before the killed process is gone.
     """
 
-    def __init__(self, loop: "Loop", pid: int, mounts: Mounts) -> None:
+    def __init__(self, loop: "Loop", directory: str, is_unified: bool, is_own: bool) -> None:
         self._loop = loop
         self._events_fd = -1
         self._last: dict[str, int] = {}
+        self.directory = directory
+        self.is_unified = is_unified
+        self.is_own = is_own  # the container's alone, so that its processes may be killed
+
+    @classmethod
+    def of_process(cls, loop: "Loop", pid: int, mounts: Mounts) -> "Cgroup":
         groups, own = memberships(pid), memberships(os.getpid())
         unified = cgroup_directory(groups, UNIFIED, mounts)
-        self.is_unified = bool(unified) and os.access(unified + "/memory.events", os.R_OK)
-        self.directory = unified if self.is_unified else cgroup_directory(groups, "memory", mounts)
-        mine = cgroup_directory(own, UNIFIED if self.is_unified else "memory", mounts)
-        self.is_own = bool(self.directory) and self.directory != mine and groups != own
-        if self.is_unified:
-            self._watch()
+        is_unified = bool(unified) and os.access(unified + "/memory.events", os.R_OK)
+        directory = unified if is_unified else cgroup_directory(groups, "memory", mounts)
+        mine = cgroup_directory(own, UNIFIED if is_unified else "memory", mounts)
+        cgroup = cls(loop, directory, is_unified, bool(directory) and directory != mine and groups != own)
+        if is_unified:
+            cgroup._open_events()
+        return cgroup
 
-    def _watch(self) -> None:
+    def at_rest(self) -> "tuple[int, list[Any]]":
+        """The fd of its events (-1: none), to be waited on, and what `resume` wants to know."""
+        return self._events_fd, [self.directory, self.is_unified, self.is_own, self._last]
+
+    @classmethod
+    def resume(cls, loop: "Loop", events_fd: int, facts: "list[Any]") -> "Cgroup":
+        directory, is_unified, is_own, last = facts
+        cgroup = cls(loop, directory, is_unified, is_own)
+        cgroup._last = last
+        cgroup._events_fd = events_fd
+        if events_fd >= 0:
+            cgroup._watch()
+        return cgroup
+
+    def _open_events(self) -> None:
         try:
             self._events_fd = os.open(self.directory + "/memory.events", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return
+        self._watch()
+
+    def _watch(self) -> None:
         self._read_events(0)
         self._loop.watch(self._events_fd, PRIORITY, self._read_events)
 

@@ -1,6 +1,7 @@
 """The small process that makes pods and monitors by forking itself, and knows how their orphans ended."""
 
 import _socket as socket
+import array
 import gc
 import json
 import os
@@ -11,6 +12,7 @@ import time
 from oci.monitor import arena, kernel, pod, warm_up, wire, zygote
 from oci.monitor import exit as exits
 from oci.monitor.loop import READABLE, Loop, catch_children
+from oci.monitor.monitor import Surroundings
 from oci.monitor.processes import exit_code
 
 TYPE_CHECKING = False
@@ -27,12 +29,14 @@ POD_TIMEOUT_S = 30.0
 class ForkServer:
     """Serves the daemon until it is told to retire; then stays for its children until the last of them is gone."""
 
-    def __init__(self, loop: Loop, listener: socket.socket, run_dir: str, program: str, mounts: exits.Mounts) -> None:
+    def __init__(
+        self, loop: Loop, listener: socket.socket, run_dir: str, program: str, surroundings: Surroundings
+    ) -> None:
         self._loop = loop
         self._listener: socket.socket | None = listener
         self._run_dir = run_dir
         self._program = program
-        self._mounts = mounts
+        self._surroundings = surroundings
         self._clients: list[socket.socket] = []
         self._orphans: list[str] = []
         self._forking: list[Callable[[int], None]] = []
@@ -111,7 +115,7 @@ class ForkServer:
         pid = os.fork()
         if pid == 0:
             signal.set_wakeup_fd(-1)
-            zygote.run(theirs.fileno(), self._mounts)
+            zygote.run(theirs.fileno(), self._surroundings)
         theirs.close()
         ours.setblocking(False)
         self._zygote = ours
@@ -119,9 +123,10 @@ class ForkServer:
         self._loop.watch(ours.fileno(), READABLE, self._on_forked)
         self._loop.on_exit(pid, self._zygote_ended)
 
-    def _fork(self, message: wire.Message, fd: int, forked: "Callable[[int], None]") -> None:
+    def _fork(self, kind: bytes, message: wire.Message, fd: int, forked: "Callable[[int], None]") -> None:
         """Let the zygote make a process that does as `message` says; `forked` gets its pid, 0 if there is none."""
-        wire.send(self._zygote, message, (fd,))
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        self._zygote.sendmsg([kind, wire.encode(message)], ancillary, socket.MSG_NOSIGNAL)
         self._forking.append(forked)
 
     def _on_forked(self, _events: int) -> None:
@@ -159,7 +164,7 @@ class ForkServer:
 
         self._loop.watch(ours.fileno(), READABLE, answer)
         try:
-            self._fork({"be": "maker", "pod": asked}, theirs.fileno(), makers.append)
+            self._fork(zygote.POD, asked, theirs.fileno(), makers.append)
         finally:
             theirs.close()
 
@@ -180,7 +185,7 @@ class ForkServer:
             else:
                 self._tell(client, {"id": request, "error": "the process that forks monitors died"})
 
-        self._fork({"be": "monitor", "config": config}, listener, forked)
+        self._fork(zygote.MONITOR, config, listener, forked)
 
     # Orphans: children of a monitor that died. Their exit would be lost otherwise.
 
@@ -308,12 +313,12 @@ def main(arguments: list[str]) -> None:
     kernel.set_name(NAME)
     kernel.set_child_subreaper()
     kernel.keep_heap_small()
-    mounts = _cgroup_mounts()
-    warm_up.live_once(run_dir, mounts)
+    surroundings = Surroundings(_cgroup_mounts(), int(kernel.read_file("/proc/self/oom_score_adj")))
+    warm_up.live_once(run_dir, surroundings)
     arena.fill_holes()
     gc.freeze()
     gc.disable()
     kernel.trim_heap()
     loop = Loop()
-    _server = ForkServer(loop, listener, run_dir, program, mounts)
+    _server = ForkServer(loop, listener, run_dir=run_dir, program=program, surroundings=surroundings)
     loop.run()

@@ -22,6 +22,8 @@ MS_PRIVATE = 0x40000
 MNT_DETACH = 0x2
 UMOUNT_NOFOLLOW = 0x8
 
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 _PR_CAPBSET_DROP = 24
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
@@ -33,7 +35,7 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_prctl = _libc.prctl  # called with small integers only, which need no conversion
+_prctl = _libc.prctl  # called with small integers and bytes only, which need no conversion
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 
 
@@ -63,7 +65,12 @@ def pivot_root(new_root: str, put_old: str) -> None:
 
 def set_name(name: str) -> None:
     """The process's name as `ps` shows it; 15 bytes are kept."""
-    write_file("/proc/self/comm", name)
+    _prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
+
+
+def die_with_parent() -> None:
+    """SIGKILL for this process when its parent ends."""
+    _prctl(_PR_SET_PDEATHSIG, 9, 0, 0, 0)
 
 
 def set_child_subreaper() -> None:

@@ -32,15 +32,19 @@ class Stamper:
 
     __slots__ = ("_kept", "_line_bytes", "_line_open", "_stream")
 
-    def __init__(self, stream: bytes, line_bytes: int = LINE_BYTES) -> None:
+    def __init__(self, stream: bytes, line_bytes: int = LINE_BYTES, line_open: bool = False) -> None:
         self._stream = b" " + stream + b" "
         self._line_bytes = line_bytes
         self._kept = b""
-        self._line_open = False  # the last record was a P
+        self._line_open = line_open  # the last record was a P
 
     @property
     def keeps(self) -> bool:
         return bool(self._kept)
+
+    @property
+    def is_line_open(self) -> bool:
+        return self._line_open
 
     def feed(self, data: bytes, now: int) -> "list[Buffer]":
         if self._kept:
@@ -166,6 +170,21 @@ class LogFile:
         if not self._failing:
             self._failing = True
             self._on_error(f"log {self._path}: {reason}; output is dropped until it can be written again")
+
+    def at_rest(self) -> tuple[int, list[int]]:
+        """Its fd (-1: none), and what `resume` wants to know."""
+        return self._fd, [self._size, self.written, self.dropped, int(self._failing)]
+
+    @classmethod
+    def resume(
+        cls, path: str, max_bytes: int, on_error: "Callable[[str], None]", fd: int, facts: list[int]
+    ) -> "LogFile":
+        log = cls("", max_bytes, on_error)
+        log._path = path
+        log._fd = fd
+        log._size, log.written, log.dropped, failing = facts
+        log._failing = bool(failing)
+        return log
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -42,6 +42,7 @@ class Loop:
         self._children: dict[int, Callable[[int], None]] = {}
         self.on_stray: Callable[[int, int], None] = lambda pid, status: None
         self._stopped = False
+        self.busy_turns = 0  # in which there was more than a timer
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         self.watch(self._wake_read, READABLE, self._on_signal)
@@ -88,7 +89,10 @@ class Loop:
 
     def turn(self) -> None:
         """Wait for something to happen and handle it."""
-        for fd, events in self._epoll.poll(self._patience_s()):
+        happened = self._epoll.poll(self._patience_s())
+        if happened:
+            self.busy_turns += 1
+        for fd, events in happened:
             handler = self._handlers.get(fd)
             if handler is not None:  # an earlier one of this turn may have closed it
                 handler(events)
@@ -131,6 +135,14 @@ class Loop:
             _, status = os.waitpid(pid, 0)
             if call is not None:
                 call(status)
+
+    def ended_elsewhere(self, pid: int, status: int) -> None:
+        """A process was reaped by its parent, who tells us."""
+        call = self._children.pop(pid, None)
+        if call is None:
+            self.on_stray(pid, status)
+        else:
+            call(status)
 
 
 def wait_status(found: os.waitid_result) -> int:

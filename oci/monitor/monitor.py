@@ -1,7 +1,9 @@
 """One container's monitor: its stdio, its log, its processes and its exit, at the command of whoever connects."""
 
 import _socket as socket
+import array
 import errno
+import gc
 import os
 import sys
 import time
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-NAME = "crito-monitor"
-LISTENER = 3  # the fd number of the listening socket
+NAME = "crito-mon-awake"
+REST_S = 1.0  # without anything to do
+READ, PRIORITY, NOTHING = b"rp-"  # what the keeper waits for on an fd
+FDS_AT_REST = 200
 UNUSED_S = 30.0  # a monitor without a container and without a client is of no use
 DRAIN_BYTES = 2 * 1024 * 1024  # more than a pipe can hold
 FLUSH_S = 5.0  # attached clients have this long to read the end
@@ -56,6 +60,57 @@ class Client:
             self._on_gone(self)
 
 
+class Surroundings:
+    """What the fork server found when it started."""
+
+    def __init__(self, mounts: exits.Mounts, oom_score_adj: int) -> None:
+        self.mounts = mounts
+        self.oom_score_adj = oom_score_adj
+
+
+class Link:
+    """To the keeper, who reaps all but the OCI runtime's own commands for us."""
+
+    def __init__(self, channel: socket.socket, keeper: int, ended: list[str]) -> None:
+        self._channel = channel
+        self._ended = ended  # before this half was there
+        self._heard = 0
+        self.keeper = keeper
+
+    def begin(self, loop: Loop) -> None:
+        self._channel.setblocking(False)
+        loop.watch(self._channel.fileno(), READABLE, lambda _events: self._on_readable(loop))
+        for end in self._ended:
+            loop.ended_elsewhere(*map(int, end.split()))
+
+    def _on_readable(self, loop: Loop) -> None:
+        self.hear(loop)
+
+    def hear(self, loop: Loop) -> bool:
+        """Whether somebody has ended."""
+        try:
+            data = self._channel.recv(64)
+        except BlockingIOError:
+            return False
+        if not data:
+            os._exit(1)  # the keeper is gone
+        self._heard += 1
+        loop.ended_elsewhere(*map(int, data.split()))
+        return True
+
+    def rest(self, init: int, facts: "dict[str, Any]", fds: "list[tuple[str, int]]") -> "NoReturn":
+        """Hand everything to the keeper and end. `facts` must be small, and say which fds there are."""
+        masks = bytes(_WAITED_FOR.get(name, NOTHING) for name, _ in fds)
+        head = b"%d %d %s " % (self._heard, init, masks)
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd for _, fd in fds]))]
+        self._channel.setblocking(True)
+        self._channel.sendmsg([head, wire.encode({**facts, "fds": [name for name, _ in fds]})], ancillary)
+        os._exit(0)
+
+
+_WAITED_FOR = {"client": READ, "stdout": READ, "stderr": READ, "events": PRIORITY}
+
+
 class Refusal(Exception):
     """A request that cannot be granted in this state."""
 
@@ -63,17 +118,26 @@ class Refusal(Exception):
 class Monitor:
     """The container's life: new → creating → created (and running) → exited; the process ends after that."""
 
-    def __init__(self, loop: Loop, listener: socket.socket, config: wire.Message, mounts: exits.Mounts) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        listener: socket.socket,
+        config: wire.Message,
+        surroundings: Surroundings,
+        link: Link | None = None,
+    ) -> None:
         self._loop = loop
         self._listener = listener
         self._config = config
-        self._mounts = mounts
+        self._mounts = surroundings.mounts
+        self._link = link
+        self._own_pid = link.keeper if link else os.getpid()
         self._id: str = config["container_id"]
         self._runtime: list[str] = config["runtime"]
         self._environment: dict[str, str] = config["environment"]
         self._directory: str = config["directory"]
         self._directory_fd = os.open(self._directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._oom_score = OomScore(config.get("oom_score_adj", -999))
+        self._oom_score = OomScore(config.get("oom_score_adj", -999), surroundings.oom_score_adj)
         self._clients: list[Client] = []
         self._state = "new"
         self._commands = 0  # create, start and exec commands under way: a stray child may be theirs
@@ -94,7 +158,71 @@ class Monitor:
         self.has_ended = False
         loop.on_stray = self._stray
         loop.watch(listener.fileno(), READABLE, self._on_connect)
-        loop.after(UNUSED_S, self._end_if_unused)
+
+    def begin(self) -> None:
+        """For a monitor that is new."""
+        self._loop.after(UNUSED_S, self._end_if_unused)
+        for path in self._config.get("cgroup_procs", []):
+            for pid in {self._own_pid, os.getpid()}:
+                kernel.write_file(path, str(pid))
+        if self._link is not None:
+            kernel.set_oom_score_adj(self._own_pid, self._config.get("oom_score_adj", -999))
+            self._loop.after(REST_S, lambda: self._rest_if_idle(0))
+
+    # Rest
+
+    def _rest_if_idle(self, busy_turns: int) -> None:
+        """Leave the waiting to the keeper when nothing has happened since `busy_turns` and nothing is under way."""
+        assert self._link is not None
+        now = self._loop.busy_turns
+        if now == busy_turns and self._can_rest() and not self._link.hear(self._loop):
+            self._rest()
+        self._loop.after(REST_S, lambda: self._rest_if_idle(now))
+
+    def _can_rest(self) -> bool:
+        if self._state != "created" or self._status is not None or self._stdio is None:
+            return False
+        under_way = self._commands or self._execs or len(self._attachments)
+        return not under_way and self._stdio.can_rest and len(self._clients) < FDS_AT_REST - 10
+
+    def _rest(self) -> None:
+        assert self._link is not None and self._stdio is not None and self._log is not None and self._cgroup is not None
+        log_fd, log = self._log.at_rest()
+        events_fd, cgroup = self._cgroup.at_rest()
+        fds, lines = self._stdio.at_rest()
+        fds += [("client", client.sock.fileno()) for client in self._clients]
+        fds += [(name, fd) for name, fd in (("log", log_fd), ("events", events_fd)) if fd >= 0]
+        facts = {
+            "pid": self._pid,
+            "start_time": self._start_time,
+            "cgroups": self._groups,
+            "log": log,
+            "cgroup": cgroup,
+            "lines": lines,
+            "last_exec": self._last_exec,
+        }
+        self._link.rest(self._pid, facts, fds)
+
+    def resume(self, facts: wire.Message, numbers: list[int]) -> None:
+        """Go on where another working half of this monitor stopped."""
+        assert self._link is not None
+        names = facts["fds"]
+        fds = {name: fd for name, fd in zip(names, numbers, strict=True) if name != "client"}
+        config = self._config
+        self._state = "created"
+        self._pid, self._start_time, self._groups = facts["pid"], facts["start_time"], facts["cgroups"]
+        self._last_exec = facts["last_exec"]
+        self._loop.on_exit(self._pid, self._init_ended)
+        max_bytes = config.get("log_max_bytes", 0)
+        self._log = LogFile.resume(config.get("log_path", ""), max_bytes, _complain, fds.get("log", -1), facts["log"])
+        self._cgroup = exits.Cgroup.resume(self._loop, fds.get("events", -1), facts["cgroup"])
+        line_bytes = config.get("log_line_bytes", LINE_BYTES)
+        self._stdio = Stdio(self._loop, self._log, self._attachments, line_bytes)
+        self._stdio.resume(fds, facts["lines"], config["stdin_once"], self._end_if_done)
+        for name, fd in zip(names, numbers, strict=True):
+            if name == "client":
+                self._add_client(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK, 0, fd))
+        self._loop.after(REST_S, lambda: self._rest_if_idle(0))
 
     # Clients
 
@@ -102,10 +230,14 @@ class Monitor:
         sock = wire.accept(self._listener)
         if sock is None:
             return
+        client = self._add_client(sock)
+        client.tell({"hello": {"protocol": wire.PROTOCOL, "pid": self._own_pid, **self._facts()}})
+
+    def _add_client(self, sock: socket.socket) -> Client:
         client = Client(self._loop, sock, self._client_gone)
         self._clients.append(client)
         self._loop.watch(sock.fileno(), READABLE, lambda _events: self._on_message(client))
-        client.tell({"hello": {"protocol": wire.PROTOCOL, "pid": os.getpid(), **self._facts()}})
+        return client
 
     def _client_gone(self, client: Client) -> None:
         self._clients.remove(client)
@@ -243,7 +375,7 @@ class Monitor:
             pid = int(kernel.read_file(pid_file))
             self._start_time = kernel.start_time(pid)
             self._groups = exits.memberships(pid)
-            self._cgroup = exits.Cgroup(self._loop, pid, self._mounts)
+            self._cgroup = exits.Cgroup.of_process(self._loop, pid, self._mounts)
             os.unlink(pid_file)  # noqa: PTH108
         except (OSError, ValueError) as error:
             return f"the runtime has left no init process: {error}"
@@ -257,7 +389,7 @@ class Monitor:
         """Leave nothing: the runtime's own cleanup, then every process below this one, then this one."""
 
         def deleted(_error: str | None) -> None:
-            TreeKill(self._loop, os.getpid(), True, killed)
+            TreeKill(self._loop, self._own_pid, killed, (self._own_pid, os.getpid()))
 
         def killed(_left: int) -> None:
             client.refuse(request, error, kind)
@@ -516,21 +648,24 @@ _VERBS: "dict[str, Callable[[Monitor, Client, int, wire.Message, dict[str, int]]
 }
 
 
-def run(listener_fd: int, config: wire.Message, mounts: exits.Mounts) -> "NoReturn":
-    """Be the monitor from here on; for a process just forked, whose other fds are of no concern to it."""
+def run(
+    link: Link, listener_fd: int, config: bytes, surroundings: Surroundings, rest: bytes, fds: list[int]
+) -> "NoReturn":
+    """Be the working half from here on. `rest` and `fds` are what the last one left, if there was one."""
     try:
-        if listener_fd != LISTENER:
-            os.dup2(listener_fd, LISTENER, inheritable=False)
-        kernel.close_fds_from(LISTENER + 1)
-        os.setsid()
+        kernel.die_with_parent()
+        if os.getppid() != link.keeper:
+            os._exit(1)
+        gc.enable()  # what was there before the fork is frozen, so its pages stay shared
         kernel.set_name(NAME)
-        kernel.set_child_subreaper()
-        for path in config.get("cgroup_procs", []):
-            kernel.write_file(path, "0")
-        os.set_blocking(LISTENER, False)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK, 0, LISTENER)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK, 0, listener_fd)
         loop = Loop()
-        Monitor(loop, listener, config, mounts)
+        monitor = Monitor(loop, listener, wire.decode(config), surroundings, link)
+        if rest:
+            monitor.resume(wire.decode(rest.split(b" ", 3)[3]), fds)
+        else:
+            monitor.begin()
+        link.begin(loop)
         loop.run()
     except BaseException:
         kernel.report_exception()

@@ -207,7 +207,7 @@ class PodProcess:
     def run(self) -> "NoReturn":
         self._sock = take_channel(self._sock.detach())
         try:
-            kernel.set_name(NAME)  # by way of /proc, which it has only now
+            kernel.set_name(NAME)
             self._enter()
             self._set_up()
             keep = self._request["keep_process"]

@@ -23,8 +23,8 @@ GIVE_UP_S = 10.0  # a task in uninterruptible sleep cannot be killed, and nobody
 class OomScore:
     """This process's own oom_score_adj, which the programs that it starts shall not inherit."""
 
-    def __init__(self, wanted: int) -> None:
-        self._inherited = int(kernel.read_file("/proc/self/oom_score_adj"))
+    def __init__(self, wanted: int, inherited: int) -> None:
+        self._inherited = inherited
         kernel.set_oom_score_adj(os.getpid(), wanted)
         self._own = int(kernel.read_file("/proc/self/oom_score_adj"))
 
@@ -73,11 +73,11 @@ class TreeKill:
     was re-parented before the first look; with a cgroup of its own (see exec.py) not even that.
     """
 
-    def __init__(self, loop: "Loop", root: int, spare_root: bool, done: "Callable[[int], None]") -> None:
-        """With `spare_root` the descendants of `root` only, and no session."""
+    def __init__(self, loop: "Loop", root: int, done: "Callable[[int], None]", spared: tuple[int, ...] = ()) -> None:
+        """With some spared, `root` among them, it is their descendants only, and no session."""
         self._loop = loop
         self._root = root
-        self._spare_root = spare_root
+        self._spared = spared
         self._done = done
         self._members: dict[int, int] = {}  # pid -> start time
         self._deadline = time.monotonic() + GIVE_UP_S
@@ -97,16 +97,15 @@ class TreeKill:
     def _find(self) -> list[kernel.ProcessStat]:
         stats = kernel.processes()
         members = {stat.pid for stat in stats if self._members.get(stat.pid) == stat.start_time}
-        if self._spare_root:
-            members.add(self._root)
+        if self._spared:
+            members.update(self._spared)
         else:
             members.update(stat.pid for stat in stats if self._root in (stat.pid, stat.session))
         size = -1
         while size != len(members):
             size = len(members)
             members.update(stat.pid for stat in stats if stat.parent in members)
-        if self._spare_root:
-            members.discard(self._root)
+        members.difference_update(self._spared)
         found = [stat for stat in stats if stat.pid in members]
         self._members = {stat.pid: stat.start_time for stat in found}
         return [stat for stat in found if stat.state not in "ZX"]

@@ -41,12 +41,21 @@ class Output:
         self._attachments = attachments
         self._part_timer: Timer | None = None
         self._trim_timer: Timer | None = None
+        self._is_hung_up = False
         self.may_end = True  # a terminal only ends with its container
         self.on_end: Callable[[], None] = lambda: None
 
     @property
     def is_open(self) -> bool:
         return self._fd >= 0
+
+    @property
+    def can_rest(self) -> bool:
+        return not self._stamper.keeps and not self._is_hung_up
+
+    def at_rest(self) -> tuple[str, int, bool]:
+        """Its name, its fd, and whether its line goes on."""
+        return self._name, self._fd, self._stamper.is_line_open
 
     def begin(self) -> None:
         os.set_blocking(self._fd, False)
@@ -94,10 +103,12 @@ class Output:
             self.close()
             self.on_end()
         else:  # the container may open its terminal again, as an init system does
+            self._is_hung_up = True
             self._loop.forget(self._fd)
             self._loop.after(HUNG_UP_TTY_S, self._look_again)
 
     def _look_again(self) -> None:
+        self._is_hung_up = False
         if self._fd >= 0:
             self._loop.watch(self._fd, READABLE, self._on_readable)
 
@@ -230,8 +241,8 @@ class Stdio:
         self._theirs.append(their)
         return self._console.path, (0, 1, their)
 
-    def _output(self, fd: int, name: str) -> Output:
-        stamper = Stamper(name.encode(), self._line_bytes)
+    def _output(self, fd: int, name: str, line_open: bool = False) -> Output:
+        stamper = Stamper(name.encode(), self._line_bytes, line_open)
         return Output(self._loop, fd, name, stamper=stamper, log=self._log, attachments=self._attachments)
 
     def close_theirs(self) -> None:
@@ -264,6 +275,34 @@ class Stdio:
             output.on_end = on_end
             output.begin()
         return True
+
+    @property
+    def can_rest(self) -> bool:
+        return all(output.can_rest for output in self.outputs) and (self.stdin is None or self.stdin.is_empty)
+
+    def at_rest(self) -> tuple[list[tuple[str, int]], dict[str, bool]]:
+        """(name, fd) of all that is open, and of each output whether its line goes on."""
+        outputs = [output.at_rest() for output in self.outputs if output.is_open]
+        fds = [(name, fd) for name, fd, _ in outputs]
+        if self.stdin is not None and self.stdin.fd >= 0:
+            fds.append(("stdin", self.stdin.fd))
+        if self._terminal >= 0:
+            fds.append(("terminal", self._terminal))
+        return fds, {name: line_open for name, _, line_open in outputs}
+
+    def resume(
+        self, fds: dict[str, int], lines: dict[str, bool], stdin_once: bool, on_end: "Callable[[], None]"
+    ) -> None:
+        """Go on with what `at_rest` gave."""
+        self._terminal = fds.get("terminal", -1)
+        for name, line_open in lines.items():
+            output = self._output(fds[name], name, line_open)
+            output.may_end = self._terminal < 0
+            output.on_end = on_end
+            output.begin()
+            self.outputs.append(output)
+        if "stdin" in fds:
+            self.stdin = Stdin(self._loop, fds["stdin"], self._terminal >= 0, stdin_once)
 
     def resize(self, rows: int, columns: int) -> bool:
         """False where the container has no terminal."""

@@ -11,9 +11,9 @@ import sys
 import time
 
 from oci.monitor import kernel, wire
-from oci.monitor.exit import RECORD, Mounts
+from oci.monitor.exit import RECORD
 from oci.monitor.loop import Loop
-from oci.monitor.monitor import Monitor
+from oci.monitor.monitor import Monitor, Surroundings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,19 +37,19 @@ if "--pid-file" in sys.argv:
 PATIENCE_S = 10.0
 
 
-def live_once(run_dir: str, mounts: Mounts) -> None:
+def live_once(run_dir: str, surroundings: Surroundings) -> None:
     """Raises OSError where even that is not possible."""
     directory = f"{run_dir}/.warm-up-{os.getpid()}"
     os.mkdir(directory, 0o700)  # noqa: PTH102
     try:
-        _live(directory, mounts)
+        _live(directory, surroundings)
     finally:
         for name in os.listdir(directory):  # noqa: PTH208
             kernel.unlink(f"{directory}/{name}")
         os.rmdir(directory)  # noqa: PTH106
 
 
-def _live(directory: str, mounts: Mounts) -> None:
+def _live(directory: str, surroundings: Surroundings) -> None:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     folder = os.open(directory, os.O_PATH)
     address = f"/proc/self/fd/{folder}/warm.sock"
@@ -59,7 +59,8 @@ def _live(directory: str, mounts: Mounts) -> None:
     client.connect(address)
     client.setblocking(False)
     loop = Loop()
-    monitor = Monitor(loop, listener, _config(directory), mounts)
+    monitor = Monitor(loop, listener, wire.decode(wire.encode(_config(directory, surroundings))), surroundings)
+    monitor.begin()
     for verb, more in (
         ("create", {"patience_s": PATIENCE_S}),
         ("start", {"patience_s": PATIENCE_S}),
@@ -82,7 +83,7 @@ def _live(directory: str, mounts: Mounts) -> None:
     loop.close()
 
 
-def _config(directory: str) -> wire.Message:
+def _config(directory: str, surroundings: Surroundings) -> wire.Message:
     return {
         "container_id": "warm-up",
         "directory": directory,
@@ -93,7 +94,7 @@ def _config(directory: str) -> wire.Message:
         "tty": False,
         "stdin": False,
         "stdin_once": False,
-        "oom_score_adj": int(kernel.read_file("/proc/self/oom_score_adj")),
+        "oom_score_adj": surroundings.oom_score_adj,
     }
 
 

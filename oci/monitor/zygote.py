@@ -11,16 +11,18 @@ import gc
 import os
 import signal
 
-from oci.monitor import kernel, monitor, pod, wire
+from oci.monitor import keeper, kernel, pod, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
-    from oci.monitor.exit import Mounts
+    from oci.monitor.monitor import Surroundings
+
+MONITOR, POD = b"M", b"P"  # the first byte of a request says what shall be made; the rest is its JSON
 
 
-def run(channel_fd: int, mounts: "Mounts") -> "NoReturn":
+def run(channel_fd: int, surroundings: "Surroundings") -> "NoReturn":
     """Be the zygote; ends when the other end of `channel_fd` is closed."""
     channel = pod.take_channel(channel_fd)
     kernel.set_name("crito-zygote")
@@ -33,27 +35,26 @@ def run(channel_fd: int, mounts: "Mounts") -> "NoReturn":
         fd = array.array("i", ancillary[0][2])[0]
         child = fork()
         if child == 0:
-            _fork_again(channel, data, fd, mounts)
+            _fork_again(channel, data, fd, surroundings)
         close(fd)
         wait(child, 0)
 
 
-def _fork_again(channel: socket.socket, data: bytes, fd: int, mounts: "Mounts") -> "NoReturn":
+def _fork_again(channel: socket.socket, data: bytes, fd: int, surroundings: "Surroundings") -> "NoReturn":
     child = os.fork()
     if child == 0:
-        gc.enable()  # what was there before is frozen, so its pages stay shared
-        _be(data, fd, mounts)
+        _be(data, fd, surroundings)
     channel.send(b"%d" % child)
     os._exit(0)
 
 
-def _be(data: bytes, fd: int, mounts: "Mounts") -> "NoReturn":
+def _be(data: bytes, fd: int, surroundings: "Surroundings") -> "NoReturn":
     try:
-        message = wire.decode(data)
-        if message["be"] == "monitor":
-            monitor.run(fd, message["config"], mounts)
+        if data[:1] == MONITOR:
+            keeper.run(fd, data[1:], surroundings)
+        gc.enable()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        pod.make(message["pod"], fd)
+        pod.make(wire.decode(data[1:]), fd)
     except BaseException:
         kernel.report_exception()
     os._exit(1)

@@ -99,7 +99,7 @@ def test_a_tree_is_killed_with_what_was_backgrounded_in_it(loop: Loop) -> None:
     loop.on_exit(pid, lambda status: None)
     done: list[object] = []
 
-    TreeKill(loop, pid, False, done.append)
+    TreeKill(loop, pid, done.append)
     turn_until(loop, done)
 
     assert done == [0]
