@@ -6,21 +6,25 @@ import errno
 import fcntl
 import functools
 import os
+import socket
 import struct
 import termios
 from collections.abc import Callable
 from typing import Any
 
 CHUNK_BYTES = 128 * 1024
+_SO_SNDBUFFORCE = 32  # asm-generic/socket.h
 PIPE_BYTES = 1024 * 1024
 _PIPE_BYTES_WITHOUT_CAPABILITY = 256 * 1024
+BURST_BYTES = 8 * 1024 * 1024  # what a fast writer may be ahead of a reader for whom it does not wait
 
 
 class End:
     """One end of a pipe, or a terminal's master; ours to close."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, held_bytes: int = PIPE_BYTES) -> None:
         self.fd = fd
+        self.held_bytes = held_bytes  # at most, between a writer that has gone and us
         os.set_blocking(fd, False)
 
     async def read(self, until: "asyncio.Future[Any]") -> bytes | None:
@@ -101,3 +105,14 @@ def pipe() -> tuple[int, int]:
             fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, size)
             break
     return read_fd, write_fd
+
+
+def burst_pipe() -> tuple[int, int]:
+    """The same for a writer that does not wait: a pair of sockets that holds BURST_BYTES, where we may have that."""
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        try:
+            writer.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, BURST_BYTES)
+        except PermissionError:
+            return pipe()
+        return reader.detach(), writer.detach()

@@ -16,7 +16,7 @@ from typing import Any
 
 from cri.streaming import status
 from cri.streaming.channel import Channel, ClientGone
-from cri.streaming.pipes import PIPE_BYTES, End, pipe
+from cri.streaming.pipes import BURST_BYTES, PIPE_BYTES, End, burst_pipe, pipe
 from cri.streaming.spdy_session import Refused, SpdyStream
 from cri.streaming.targets import AttachTarget, ExecTarget
 from oci.errors import Error
@@ -174,14 +174,17 @@ class _Stdio:
         self.theirs: dict[str, int] = {}
         self.stdin: End | None = None
         self.outputs: dict[str, End] = {}
+        # A process waits for whoever reads its pipe; the monitor waits for no attached client and lets slow ones go.
+        is_exec = isinstance(target, ExecTarget)
+        make_output, held_bytes = (pipe, PIPE_BYTES) if is_exec else (burst_pipe, BURST_BYTES)
         try:
             if target.stdin:
                 self.theirs["stdin_fd"], write_fd = pipe()
                 self.stdin = End(write_fd)
             for name in (STDOUT, STDERR):
                 if getattr(target, name):
-                    read_fd, self.theirs[f"{name}_fd"] = pipe()
-                    self.outputs[name] = End(read_fd)
+                    read_fd, self.theirs[f"{name}_fd"] = make_output()
+                    self.outputs[name] = End(read_fd, held_bytes)
         except OSError:
             self.close()
             raise
@@ -243,7 +246,7 @@ async def _copy_out(end: End, channel: Channel, ended: "asyncio.Future[Any]") ->
             await asyncio.sleep(0)  # a fast writer and a fast reader would keep the loop to themselves
             if ended.done():
                 break
-        left = PIPE_BYTES
+        left = end.held_bytes
         while left > 0 and (data := end.read_now()):
             left -= len(data)
             await channel.write(data)

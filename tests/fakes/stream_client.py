@@ -106,12 +106,21 @@ class SpdyClient:
     def __init__(self, socket: Socket) -> None:
         self.socket = socket
         self.encoder = spdy.Encoder()
+        self._decoder = spdy.Decoder()
         self.streams: dict[int, Stream] = {}
         self.pings: list[int] = []
         self.went_away = asyncio.Event()
         self.closed = asyncio.Event()
         self._next_id = 1
+        self.listen()
+
+    def listen(self) -> None:
+        """Take what comes; again, after it was cancelled."""
         self._pump = asyncio.create_task(self._receive())
+
+    def stop_listening(self) -> None:
+        """Read no more."""
+        self._pump.cancel()
 
     async def open(self, headers: Mapping[str, str], fin: bool = False) -> Stream:
         """A new stream; returns once the server has answered, or has reset it."""
@@ -132,18 +141,14 @@ class SpdyClient:
         await asyncio.gather(self._pump, return_exceptions=True)
 
     async def _receive(self) -> None:
-        decoder = spdy.Decoder()
-        try:
+        with contextlib.suppress(OSError):
             while data := await self.read():
-                for frame in decoder.feed(data):
+                for frame in self._decoder.feed(data):
                     await self._take(frame)
-        except OSError:
-            pass
-        finally:
-            self.closed.set()
-            for stream in self.streams.values():
-                stream.replied.set()
-                stream.ended.set()
+        self.closed.set()
+        for stream in self.streams.values():
+            stream.replied.set()
+            stream.ended.set()
 
     async def read(self) -> bytes:
         return await self.socket.reader.read(65536)

@@ -369,7 +369,7 @@ def test_a_client_that_does_not_read_holds_up_its_pod_and_nobody_else() -> None:
             spdy_client(server.register(node()), PORT_FORWARD) as deaf,
         ):
             await open_port(deaf, flooding)
-            deaf._pump.cancel()
+            deaf.stop_listening()
             while True:
                 before = sent
                 await asyncio.sleep(0.3)
