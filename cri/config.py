@@ -199,6 +199,11 @@ class RuntimeSection:
     seccomp_profile: Path | None = setting(
         kinds.OPTIONAL_PATH, None, "JSON file of the seccomp profile RuntimeDefault; empty uses the built-in one."
     )
+    cdi_spec_dirs: tuple[Path, ...] = setting(
+        kinds.PATHS,
+        (Path("/etc/cdi"), Path("/var/run/cdi")),
+        "Directories of CDI descriptions of devices (*.json, *.yaml); where two have the same one, the later counts.",
+    )
     container_create_timeout: float = setting(
         kinds.TIMEOUT, 240.0, "An OCI runtime that has not created or started a container by then is killed."
     )

@@ -367,6 +367,7 @@ async def _build(config: Config, stack: contextlib.AsyncExitStack) -> Daemon:
             cgroup_driver=driver,
             create_timeout_s=config.runtime.container_create_timeout,
             log_max_bytes=config.runtime.log_size_max,
+            cdi_spec_dirs=config.runtime.cdi_spec_dirs,
             defaults=_defaults(config),
         ),
         Records(database, "containers", ContainerRecord),

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from oci import host, spec, status
+from oci import cdi, host, spec, status
 from oci.background import Background, until_done, with_last_repeated
 from oci.bundle import Bundles
+from oci.cdi import Cdi
 from oci.clock import Clock
 from oci.container import Container, ContainerRecord
 from oci.container_spec import ContainerId, ContainerSpec, NamespaceMode, PodEnvironment, Resources, SandboxId
@@ -88,6 +89,7 @@ class ContainerSettings:
     cgroup_driver: cgroup.Driver
     create_timeout_s: float
     log_max_bytes: int  # 0 is unlimited
+    cdi_spec_dirs: tuple[Path, ...]  # descriptions of devices; the later ones count first
     defaults: spec.Defaults
 
 
@@ -108,6 +110,7 @@ class Containers:
         mounts: Executor,
     ) -> None:
         self._settings = settings
+        self.cdi = Cdi(settings.cdi_spec_dirs)
         self._records = records
         self._handlers = handlers
         self._fork_server = fork_server
@@ -288,6 +291,7 @@ class Containers:
             features=handler.features,
             defaults=self._settings.defaults,
         )
+        self.cdi.inject(config, cdi.requested(wanted.cdi_devices, wanted.annotations))
         return user, config
 
     def _write(self, record: ContainerRecord, config: dict[str, Any]) -> None:

@@ -23,12 +23,12 @@ Config = dict[str, Any]
 class Node:
     """What of the host and the OCI runtime decides whether an adjustment can be had."""
 
+    inject_cdi: Callable[[Config, list[str]], None]
     has_swap_limit: bool
     has_unified_cgroups: bool
     hugepage_sizes: frozenset[str]
     lowest_oom_score_adj: int
     min_memory_bytes: int = 0
-    inject_cdi: Callable[[Config, list[str]], None] | None = None
 
 
 def adjusted(config: Mapping[str, Any], wanted: nri.ContainerAdjustment, node: Node) -> Config:
@@ -43,7 +43,8 @@ def adjusted(config: Mapping[str, Any], wanted: nri.ContainerAdjustment, node: N
     if wanted.args:
         process["args"] = list(wanted.args)
     _hooks(result, wanted.hooks)
-    _cdi(result, [device.name for device in wanted.CDI_devices], node)
+    if wanted.CDI_devices:
+        node.inject_cdi(result, [device.name for device in wanted.CDI_devices])
     _devices(linux, wanted.linux.devices)
     if wanted.linux.cgroups_path:
         linux["cgroupsPath"] = wanted.linux.cgroups_path
@@ -147,14 +148,6 @@ def _hooks(config: Config, wanted: nri.Hooks) -> None:
 def _hook(hook: nri.Hook) -> Config:
     timeout = {"timeout": hook.timeout.value} if hook.HasField("timeout") else {}
     return {"path": hook.path, **_set(args=list(hook.args), env=list(hook.env)), **timeout}
-
-
-def _cdi(config: Config, names: list[str], node: Node) -> None:
-    if not names:
-        return
-    if node.inject_cdi is None:
-        raise Unimplemented(f"NRI: CDI devices {', '.join(names)}: this version injects none for plugins")
-    node.inject_cdi(config, names)
 
 
 # Mounts and devices

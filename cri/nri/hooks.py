@@ -36,6 +36,9 @@ class Messages:
         self._sandboxes = sandboxes
         self.in_making: Configs = {}  # the runtime-specs of containers that plugins know and lists do not show yet
 
+    def inject_cdi(self, config: dict[str, Any], names: list[str]) -> None:
+        self._containers.cdi.inject(config, names)
+
     def known_containers(self) -> list[ContainerId]:
         return self._containers.known_ids()
 
@@ -112,7 +115,7 @@ class ContainerPlugins:
         event = nri.CREATE_CONTAINER
         await self._plugins.tell(event, "CreateContainer", request, nri.CreateContainerResponse, creation.apply)
         await self._validate(validation, creation)
-        result = adjust.adjusted(config, creation.adjustment, self._node_for(container.record))
+        result = await self._adjusted(container, config, creation.adjustment)
         await self._apply(creation.updates.others(), creation.evictions)
         self._messages.in_making[container.id] = result
         return Adjusted(result, adjust.limits(creation.adjustment.linux.resources))
@@ -127,6 +130,14 @@ class ContainerPlugins:
             validator.check(self._rules, request)
         await self._plugins.validate(request)
 
+    async def _adjusted(
+        self, container: Container, config: dict[str, Any], wanted: nri.ContainerAdjustment
+    ) -> dict[str, Any]:
+        node = self._node_for(container.record)
+        if wanted.CDI_devices:  # their descriptions are files
+            return await asyncio.to_thread(adjust.adjusted, config, wanted, node)
+        return adjust.adjusted(config, wanted, node)
+
     def _node_for(self, record: ContainerRecord) -> adjust.Node:
         host, handler = self._host, self._handlers.find(record.runtime_handler)
         return adjust.Node(
@@ -135,6 +146,7 @@ class ContainerPlugins:
             hugepage_sizes=host.hugepage_sizes,
             lowest_oom_score_adj=host.lowest_oom_score_adj,
             min_memory_bytes=handler.features.min_memory_bytes if handler else 0,
+            inject_cdi=self._messages.inject_cdi,
         )
 
     async def created(self, container: Container) -> None:

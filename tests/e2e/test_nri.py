@@ -1,6 +1,7 @@
 """NRI plugins beside a real daemon: what they are told, what they change, and what their faults cost."""
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,13 +19,29 @@ from tests.e2e.harness.daemon import Daemon
 from tests.fakes.nri_plugin import NriPlugin, Refusal, Silence, mask
 
 FOR_EVER = ["sleep", "100000"]
+CDI = {
+    "cdiVersion": "0.6.0",
+    "kind": "vendor.com/gpu",
+    "devices": [
+        {"name": name, "containerEdits": {"deviceNodes": [{"path": f"/dev/{name}", "hostPath": "/dev/null"}]}}
+        for name in ("by-field", "by-annotation", "by-plugin")
+    ],
+}
 Connect = Callable[..., NriPlugin]
 
 
 @pytest.fixture(scope="module")
 def shared_daemon(make_daemon: MakeDaemon, directory: Path) -> Daemon:
     plugins = directory / "no-plugins"
-    return make_daemon({"nri": {"enable": True, "plugin_path": plugins, "plugin_request_timeout": "1s"}})
+    cdi = directory / "cdi"
+    cdi.mkdir()
+    (cdi / "v.json").write_text(json.dumps(CDI))
+    return make_daemon(
+        {
+            "nri": {"enable": True, "plugin_path": plugins, "plugin_request_timeout": "1s"},
+            "runtime": {"cdi_spec_dirs": [str(cdi)]},
+        }
+    )
 
 
 @pytest.fixture
@@ -151,6 +168,33 @@ def test_what_a_plugin_adjusts_is_what_the_container_gets(
     assert "1,   3" in lines[4]
     assert client.status(container_id).resources.linux.memory_limit_in_bytes == 64 << 20
     assert client.exec_sync(container_id, ["sh", "-c", "echo $NEW"]).stdout == b"value\n"
+
+
+def test_cdi_devices_come_by_the_field_by_annotations_and_by_plugins(
+    client: Client, connect: Connect, busybox: str
+) -> None:
+    connect(handlers=adjusting(CDI_devices=[nri.CDIDevice(name="vendor.com/gpu=by-plugin")]))
+    pod = client.run_pod("cdi")
+    container_id = client.run(
+        pod,
+        busybox,
+        FOR_EVER,
+        CDI_devices=[pb.CDIDevice(name="vendor.com/gpu=by-field")],
+        annotations={"cdi.k8s.io/test": "vendor.com/gpu=by-annotation"},
+    )
+
+    script = "echo x > /dev/by-field && echo x > /dev/by-annotation && echo x > /dev/by-plugin && ls /dev | grep by-"
+    answer = client.exec_sync(container_id, ["sh", "-c", script])
+
+    assert answer.stdout.split() == [b"by-annotation", b"by-field", b"by-plugin"]
+
+
+def test_a_cdi_device_that_is_not_there_fails_the_container(client: Client, busybox: str) -> None:
+    pod = client.run_pod("no-cdi")
+
+    with pytest.raises(grpc.RpcError, match=r"vendor\.com/gpu=missing"):
+        client.run(pod, busybox, FOR_EVER, CDI_devices=[pb.CDIDevice(name="vendor.com/gpu=missing")])
+    assert not client.containers()
 
 
 def test_a_container_in_another_cgroup_is_found_there(client: Client, connect: Connect, busybox: str) -> None:

@@ -14,7 +14,11 @@ from oci.errors import FailedPrecondition, InvalidArgument, Unimplemented
 from oci.status import ContainerStatus
 
 NODE = adjust.Node(
-    has_swap_limit=True, has_unified_cgroups=True, hugepage_sizes=frozenset({"2MB"}), lowest_oom_score_adj=-100
+    inject_cdi=lambda config, names: config["process"]["env"].extend(names),
+    has_swap_limit=True,
+    has_unified_cgroups=True,
+    hugepage_sizes=frozenset({"2MB"}),
+    lowest_oom_score_adj=-100,
 )
 CONFIG: dict[str, Any] = {
     "process": {
@@ -245,8 +249,6 @@ def test_what_the_host_cannot_limit_is_refused() -> None:
         resources(replace(NODE, has_unified_cgroups=False), unified={"memory.high": "1"})
     with pytest.raises(Unimplemented, match="slow"):
         resources(blockio_class=nri.OptionalString(value="slow"))
-    with pytest.raises(Unimplemented, match="vendor"):
-        adjusted(CDI_devices=[nri.CDIDevice(name="vendor/class=device")])
 
 
 def test_huge_pages_and_unified_keys_are_set_where_the_host_has_them() -> None:
@@ -257,6 +259,12 @@ def test_huge_pages_and_unified_keys_are_set_where_the_host_has_them() -> None:
 
     assert made["hugepageLimits"] == [{"pageSize": "2MB", "limit": 9}]
     assert made["unified"] == {"memory.high": "1"}
+
+
+def test_cdi_devices_are_handed_to_whoever_injects_them() -> None:
+    made = adjusted(CDI_devices=[nri.CDIDevice(name="vendor/class=device")])
+
+    assert made["process"]["env"][-1] == "vendor/class=device"
 
 
 def test_limits_go_to_nri_and_back_unchanged() -> None:
