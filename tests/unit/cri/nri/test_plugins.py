@@ -8,7 +8,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Runtime:
         self.settings = Settings(directory / "nri.sock", directory / "plugins", directory / "conf", 2.0, 1.0)
         self.state = State([POD], [nri.Container(id="c1")])
         self.applied: list[str] = []
+        self.made: list[NriPlugin] = []
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Plugins]:
@@ -53,7 +54,15 @@ class Runtime:
         return self.settings.socket
 
     async def connect(self, **options: Any) -> NriPlugin:
-        return await asyncio.to_thread(NriPlugin.connect, self.socket, **options)
+        plugin = await asyncio.to_thread(NriPlugin.connect, self.socket, **options)
+        self.made.append(plugin)
+        return plugin
+
+    def dial(self, name: str = "test", index: str = "10", **options: Any) -> NriPlugin:
+        """Connected, and nothing more."""
+        plugin = NriPlugin(dial(self.socket), name, index, **options)
+        self.made.append(plugin)
+        return plugin
 
     def _snapshot(self) -> Awaitable[State]:
         taken = State(list(self.state.pods), list(self.state.containers))
@@ -72,8 +81,11 @@ class Runtime:
 
 
 @pytest.fixture
-def runtime(tmp_path: Path) -> Runtime:
-    return Runtime(tmp_path)
+def runtime(tmp_path: Path) -> Iterator[Runtime]:
+    runtime = Runtime(tmp_path)
+    yield runtime
+    for plugin in runtime.made:
+        plugin.close()
 
 
 async def run_pod(plugins: Plugins) -> None:
@@ -265,7 +277,7 @@ def test_updates_that_a_plugin_asks_for_are_applied_and_failures_told(runtime: R
 def test_a_plugin_with_an_impossible_name_is_refused(runtime: Runtime, name: str, index: str) -> None:
     async def scenario() -> None:
         async with runtime.running() as plugins:
-            plugin = NriPlugin(dial(runtime.socket), name, index)
+            plugin = runtime.dial(name, index)
             with pytest.raises(Refusal, match="expected"):
                 await asyncio.to_thread(plugin.register)
             plugin.close()
@@ -278,7 +290,7 @@ def test_a_plugin_with_an_impossible_name_is_refused(runtime: Runtime, name: str
 def test_a_plugin_cannot_register_twice_nor_update_before_it_is_synchronised(runtime: Runtime) -> None:
     async def scenario() -> None:
         async with runtime.running():
-            early = NriPlugin(dial(runtime.socket))
+            early = runtime.dial()
             with pytest.raises(Refusal, match="not synchronised"):
                 await asyncio.to_thread(early.update)
             with await runtime.connect() as plugin:
@@ -296,7 +308,7 @@ def test_whoever_connects_and_says_nothing_is_dropped(runtime: Runtime) -> None:
 
     async def scenario() -> None:
         async with runtime.running():
-            silent = NriPlugin(dial(runtime.socket))
+            silent = runtime.dial()
 
             assert await asyncio.to_thread(silent.closed.wait, 2)
 
@@ -306,7 +318,7 @@ def test_whoever_connects_and_says_nothing_is_dropped(runtime: Runtime) -> None:
 def test_a_plugin_that_wants_events_that_do_not_exist_is_dropped(runtime: Runtime) -> None:
     async def scenario() -> None:
         async with runtime.running():
-            plugin = NriPlugin(dial(runtime.socket), events=1 << 20)
+            plugin = runtime.dial(events=1 << 20)
             await asyncio.to_thread(plugin.register)
 
             assert await asyncio.to_thread(plugin.closed.wait, 2)
@@ -328,7 +340,7 @@ def test_bytes_that_are_no_protocol_cost_the_sender_its_connection_only(runtime:
     async def scenario() -> None:
         async with runtime.running() as plugins:
             with await runtime.connect() as well:
-                bad = NriPlugin(dial(runtime.socket), index="20")
+                bad = runtime.dial(index="20")
                 await asyncio.to_thread(bad.register)
                 with contextlib.suppress(OSError):
                     bad.send_bytes(garbage)
@@ -391,7 +403,7 @@ def test_connections_have_a_limit(runtime: Runtime, monkeypatch: pytest.MonkeyPa
     async def scenario() -> None:
         async with runtime.running():
             with await runtime.connect(), await runtime.connect(index="20"):
-                third = NriPlugin(dial(runtime.socket))
+                third = runtime.dial()
 
                 assert await asyncio.to_thread(third.closed.wait, 3)
 
