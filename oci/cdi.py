@@ -1,7 +1,7 @@
-"""Container Device Interface: finds the devices that vendors describe on the node, and edits them into a runtime-spec.
+"""Container Device Interface: finds the devices that vendors describe on the node.
 
-Source: container-device-interface, SPEC.md (versions up to 1.1). Directories are read anew at every use, as device
-plugins write to them at any time; files that have not changed are not parsed again.
+Source: container-device-interface, SPEC.md. Directories are read anew at every use, as device plugins write to them at
+any time; files that have not changed are not parsed again. What a description asks for is `oci/cdi_edits.py`.
 """
 
 import json
@@ -12,24 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from oci.cdi_edits import Description, Device, DeviceNode, Edits, edited, is_qualified_name, merged
 from oci.errors import FailedPrecondition, InvalidArgument
 
 ANNOTATION_PREFIX = "cdi.k8s.io/"  # of annotations whose values name devices, as older device plugins set them
 
-_HOOKS = frozenset({"prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"})
 _SUFFIXES = (".json", ".yaml")
+_LARGEST_FILE = 16 << 20
+_MOST_VALUES = 1_000_000  # in one description, with what YAML's aliases repeat
 
 Config = dict[str, Any]
-Document = Mapping[str, Any]
+_Version = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class _Device:
+class _Found:
     """One device, and the description that it stands in."""
 
     file: Path
-    document: Document
-    edits: Mapping[str, Any]
+    description: Description
+    device: Device
 
 
 def requested(field: Iterable[str], annotations: Mapping[str, str]) -> tuple[str, ...]:
@@ -44,94 +48,115 @@ def requested(field: Iterable[str], annotations: Mapping[str, str]) -> tuple[str
 
 
 class Cdi:
-    """The descriptions in `directories`; where two have the same device, that in the later directory counts."""
+    """The descriptions in `directories`; where two have the same device, that in the later directory counts.
+
+    Its methods read files, so they are not for the event loop; any number of threads may call them.
+    """
 
     def __init__(self, directories: Sequence[Path]) -> None:
         self._directories = tuple(directories)
-        self._parsed: dict[Path, tuple[tuple[int, int], Document | str]] = {}
+        self._parsed: dict[Path, tuple[_Version, Description | str]] = {}
 
-    def inject(self, config: Config, names: Sequence[str]) -> None:
-        """Edit the devices into `config`, in place; reads files and looks at device nodes, so not in the event loop.
+    def resolve(self, names: Sequence[str]) -> Edits:
+        """All that these devices ask for; what a description leaves to the host's device nodes is filled in.
 
-        Raises InvalidArgument for what is no device name, FailedPrecondition for a device that no description has or
-        that two have, or whose node is not there.
+        Raises InvalidArgument for what is no device name, and for a device that no description has or that two of one
+        directory have; FailedPrecondition for a device whose node is not there.
         """
         for name in names:
-            kind, equals, device = name.partition("=")
-            if "/" not in kind or not equals or not device:
+            if not is_qualified_name(name):
                 raise InvalidArgument(f"CDI device {name!r}: expected VENDOR/CLASS=NAME")
         if not names:
-            return
+            return Edits()
         found, broken = self._devices()
-        used = [self._one(name, found, broken) for name in names]
-        files = dict.fromkeys(device.file for device in used)
-        documents = {device.file: device.document for device in used}
-        for file in files:  # what all devices of a description need comes once
-            _apply(config, documents[file].get("containerEdits") or {}, str(file))
-        for each, name in zip(used, names, strict=True):
-            _apply(config, each.edits, f"CDI device {name}")
+        wanted = {name: self._one(name, found, broken) for name in names}
+        edits, seen = [], set()
+        for name, each in wanted.items():
+            if each.file not in seen:  # what all devices of a description need comes once
+                seen.add(each.file)
+                edits.append(_completed(each.description.container_edits, f"CDI description {each.file}"))
+            edits.append(_completed(each.device.container_edits, f"CDI device {name} of {each.file}"))
+        return merged(edits)
 
-    def _one(self, name: str, found: Mapping[str, list[_Device]], broken: Mapping[Path, str]) -> _Device:
+    def inject(self, config: Config, names: Sequence[str]) -> None:
+        """Edit the devices into `config`, in place; raises as `resolve` does."""
+        config.update(edited(config, self.resolve(names)))
+
+    def unusable(self) -> dict[Path, str]:
+        """The files that are no descriptions, with the reasons."""
+        return self._devices()[1]
+
+    def _one(self, name: str, found: Mapping[str, list[_Found]], broken: Mapping[Path, str]) -> _Found:
         devices = found.get(name, [])
         if len(devices) == 1:
             return devices[0]
         if devices:
             files = ", ".join(str(device.file) for device in devices)
-            raise FailedPrecondition(f"CDI device {name}: it is described more than once: {files}")
+            raise InvalidArgument(f"CDI device {name}: it is described more than once: {files}")
         places = ", ".join(map(str, self._directories)) or "no directory"
         unread = "".join(f"; {file} cannot be used: {reason}" for file, reason in broken.items())
-        raise FailedPrecondition(f"CDI device {name}: no description in {places} has it{unread}")
+        raise InvalidArgument(f"CDI device {name}: no description in {places} has it{unread}")
 
-    def _devices(self) -> tuple[dict[str, list[_Device]], dict[Path, str]]:
+    def _devices(self) -> tuple[dict[str, list[_Found]], dict[Path, str]]:
         """All devices by full name, and the files that are no descriptions, with the reasons."""
-        found: dict[str, list[_Device]] = {}
+        found: dict[str, list[_Found]] = {}
         broken: dict[Path, str] = {}
-        for directory in self._directories:
-            here: dict[str, list[_Device]] = {}
-            for file in _files(directory):
-                document = self._read(file)
-                if isinstance(document, str):
-                    broken[file] = document
-                    continue
-                for device in document["devices"]:
-                    edits = device.get("containerEdits") or {}
-                    name = f"{document['kind']}={device['name']}"
-                    here.setdefault(name, []).append(_Device(file, document, edits))
+        parsed: dict[Path, tuple[_Version, Description | str]] = {}
+        for directory in dict.fromkeys(self._directories):
+            here: dict[str, list[_Found]] = {}
+            for file in _files(directory, broken):
+                version, description = self._read(file)
+                if isinstance(description, str):
+                    broken[file] = description
+                else:
+                    for device in description.devices:
+                        here.setdefault(f"{description.kind}={device.name}", []).append(
+                            _Found(file, description, device)
+                        )
+                parsed[file] = (version, description)
             found |= here
-        self._parsed = {file: parsed for file, parsed in self._parsed.items() if file.parent in self._directories}
+        self._parsed = parsed
         return found, broken
 
-    def _read(self, file: Path) -> Document | str:
-        """The description, or why it is none."""
+    def _read(self, file: Path) -> tuple[_Version, Description | str]:
+        """The file's version, and the description or why it is none."""
         try:
             seen = file.stat()
-            version = (seen.st_mtime_ns, seen.st_size)
-            if self._parsed.get(file, (None,))[0] != version:
-                self._parsed[file] = (version, _parse(file))
+            version = (seen.st_ino, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_size)
+            known = self._parsed.get(file)
+            if known is not None and known[0] == version:
+                return known
+            if not stat.S_ISREG(seen.st_mode):
+                return version, "not a regular file"
+            if seen.st_size > _LARGEST_FILE:
+                return version, f"{seen.st_size} bytes: larger than {_LARGEST_FILE}"
+            return version, _parse(file)
         except OSError as error:
-            return error.strerror or str(error)
-        return self._parsed[file][1]
+            return (0, 0, 0, 0), error.strerror or str(error)
 
 
-def _files(directory: Path) -> list[Path]:
+def _files(directory: Path, broken: dict[Path, str]) -> list[Path]:
     try:
         return sorted(path for path in directory.iterdir() if path.suffix in _SUFFIXES)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        broken[directory] = error.strerror or str(error)
         return []
 
 
-def _parse(file: Path) -> Document | str:
+def _parse(file: Path) -> Description | str:
     text = file.read_bytes()
     try:
         document = json.loads(text) if file.suffix == ".json" else _yaml(text)
     except (ValueError, RecursionError) as error:
         return f"not {file.suffix[1:].upper()}: {str(error)[:200]}"
-    if not isinstance(document, dict) or not isinstance(document.get("kind"), str):
-        return "it has no kind"
-    devices = document.get("devices")
-    if not isinstance(devices, list) or not all(isinstance(each, dict) and each.get("name") for each in devices):
-        return "it has no list of devices with names"
-    return document
+    try:
+        return msgspec.convert(_without_nulls(document, [_MOST_VALUES]), Description)
+    except msgspec.ValidationError as error:
+        return str(error)[:500]
+    except RecursionError:
+        return "nested too deeply"
 
 
 def _yaml(text: bytes) -> Any:
@@ -140,93 +165,45 @@ def _yaml(text: bytes) -> Any:
     try:
         return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(" ".join(str(error).split())) from error
 
 
-# Edits
+def _without_nulls(value: Any, left: list[int]) -> Any:
+    """The document without fields that are null, which mean "not set"; raises when it has more values than `left`."""
+    left[0] -= 1
+    if left[0] < 0:
+        raise msgspec.ValidationError(f"more than {_MOST_VALUES} values")
+    if isinstance(value, dict):
+        return {str(name): _without_nulls(each, left) for name, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [_without_nulls(each, left) for each in value]
+    return value
 
 
-def _apply(config: Config, edits: Mapping[str, Any], what: str) -> None:
-    process, linux = config["process"], config["linux"]
-    try:
-        _env(process, edits.get("env") or ())
-        for node in edits.get("deviceNodes") or ():
-            _device_node(process, linux, node, what)
-        for device in edits.get("netDevices") or ():
-            linux.setdefault("netDevices", {})[device["hostInterfaceName"]] = {"name": device["name"]}
-        for mount in edits.get("mounts") or ():
-            _mount(config, mount)
-        for hook in edits.get("hooks") or ():
-            _hook(config, hook, what)
-        if edits.get("additionalGids"):
-            user = process["user"]
-            user["additionalGids"] = sorted({*user.get("additionalGids", ()), *edits["additionalGids"]} - {0})
-        if edits.get("intelRdt"):
-            linux["intelRdt"] = dict(edits["intelRdt"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FailedPrecondition(f"{what}: its containerEdits lack or misuse {error}") from error
+# What descriptions leave to the host
 
 
-def _env(process: Config, lines: Iterable[str]) -> None:
-    both = (line.partition("=") for line in (*process.get("env", ()), *lines))
-    values = {name: value for name, _, value in both}
-    process["env"] = [f"{name}={value}" for name, value in values.items()]
+def _completed(edits: Edits, what: str) -> Edits:
+    nodes = tuple(_node_as_on_host(node, what) for node in edits.device_nodes)
+    return msgspec.structs.replace(edits, device_nodes=nodes)
 
 
-def _device_node(process: Config, linux: Config, node: Mapping[str, Any], what: str) -> None:
-    path = node["path"]
-    made: Config = {"path": path, **_numbers(node, what)}
-    if node.get("fileMode") is not None:
-        made["fileMode"] = node["fileMode"]
-    for name in ("uid", "gid"):
-        value = node.get(name)
-        own = process["user"].get(name, 0)
-        if value is not None or own:  # a process that is not root could not open root's
-            made[name] = value if value is not None else own
-    linux["devices"] = [*(each for each in linux.get("devices", ()) if each["path"] != path), made]
-    resources = linux.setdefault("resources", {})
-    rule = {
-        "allow": True,
-        "type": made["type"],
-        "major": made["major"],
-        "minor": made["minor"],
-        "access": node.get("permissions") or "rwm",
-    }
-    if made["type"] in ("b", "c"):
-        resources["devices"] = [*resources.get("devices", ()), rule]
-
-
-def _numbers(node: Mapping[str, Any], what: str) -> Config:
-    """Type, major and minor: as described, else of the node on the host."""
-    if node.get("type") and (node["type"] == "p" or node.get("major")):
-        return {"type": node["type"], "major": node.get("major", 0), "minor": node.get("minor", 0)}
-    host_path = node.get("hostPath") or node["path"]
+def _node_as_on_host(node: DeviceNode, what: str) -> DeviceNode:
+    """Type, numbers and mode: as described, else those of the node on the host."""
+    host_path = node.host_path or node.path
     try:
         seen = os.stat(host_path)  # noqa: PTH116  beside os.major
     except OSError as error:
+        if node.is_complete:
+            return node
         raise FailedPrecondition(f"{what}: device node {host_path}: {error.strerror}") from error
+    mode = stat.S_IMODE(seen.st_mode) if node.file_mode is None else node.file_mode
+    if node.is_complete:
+        return msgspec.structs.replace(node, file_mode=mode)
     kinds = {stat.S_IFBLK: "b", stat.S_IFCHR: "c", stat.S_IFIFO: "p"}
     kind = kinds.get(stat.S_IFMT(seen.st_mode))
-    if kind is None or node.get("type") not in (None, "", kind):
-        raise FailedPrecondition(f"{what}: {host_path} is not a device node of type {node.get('type') or 'b, c or p'}")
-    return {"type": kind, "major": os.major(seen.st_rdev), "minor": os.minor(seen.st_rdev)}
-
-
-def _mount(config: Config, mount: Mapping[str, Any]) -> None:
-    destination = mount["containerPath"]
-    made = {
-        "destination": destination,
-        "type": mount.get("type") or "bind",
-        "source": mount["hostPath"],
-        "options": list(mount.get("options") or ("rbind", "rprivate")),
-    }
-    kept = [each for each in config["mounts"] if each["destination"] != destination]
-    config["mounts"] = sorted([*kept, made], key=lambda each: str(each["destination"]).rstrip("/").count("/"))
-
-
-def _hook(config: Config, hook: Mapping[str, Any], what: str) -> None:
-    if hook["hookName"] not in _HOOKS:
-        raise FailedPrecondition(f"{what}: hook {hook['hookName']!r}: expected one of {', '.join(sorted(_HOOKS))}")
-    made = {name: hook[name] for name in ("path", "args", "env", "timeout") if hook.get(name)}
-    hooks = config.setdefault("hooks", {})
-    hooks[hook["hookName"]] = [*hooks.get(hook["hookName"], ()), made]
+    if kind is None or node.type not in ("", kind, "u" if kind == "c" else kind):
+        raise FailedPrecondition(f"{what}: {host_path} is not a device node of type {node.type or 'b, c or p'}")
+    return msgspec.structs.replace(
+        node, type=kind, major=os.major(seen.st_rdev), minor=os.minor(seen.st_rdev), file_mode=mode
+    )

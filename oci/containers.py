@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from oci import cdi, host, spec, status
+from oci import cdi, cdi_edits, host, spec, status
 from oci.background import Background, until_done, with_last_repeated
 from oci.bundle import Bundles
 from oci.cdi import Cdi
+from oci.cdi_edits import Edits
 from oci.clock import Clock
 from oci.container import Container, ContainerRecord
 from oci.container_spec import ContainerId, ContainerSpec, NamespaceMode, PodEnvironment, Resources, SandboxId
@@ -225,14 +226,15 @@ class Containers:
         )
 
     async def _make(self, container: Container, pod: PodEnvironment, image: ImageToRun) -> None:
-        id, settings = container.id, self._settings
+        id, settings, spec_ = container.id, self._settings, container.record.spec
+        devices = await self._devices(spec_)
         await self._records.put(id, container.record)
         self._hold_images(container.record)
         handler = self._handlers.resolve(container.record.runtime_handler)
-        spec_ = container.record.spec
         found = await host.look_up(spec_, privileged_devices=not handler.privileged_without_host_devices)
         target_pid_ns = self._target_pid_ns(container.record)
         user, config = await self._pooled(self._prepare, container.record, pod, image, found, handler, target_pid_ns)
+        config = cdi_edits.edited(config, devices, idmap_mounts=handler.features.idmap_mounts)
         container.record = replace(container.record, user=user)
         adjusted = await self.hooks.creating(container, config)
         container.record = self._with_adjustments(container.record, adjusted)
@@ -255,6 +257,12 @@ class Containers:
         now = self._clock.now()
         await self._set(container, status.with_creation(container.record.status, now, init.pid, init.start_time))
         self._watch(container)
+
+    async def _devices(self, wanted: ContainerSpec) -> Edits:
+        """What the container's CDI devices ask for; found before anything is made for it."""
+        names = cdi.requested(wanted.cdi_devices, wanted.annotations)
+        devices: Edits = await self._pooled(self.cdi.resolve, names) if names else Edits()
+        return devices
 
     def _prepare(
         self,
@@ -291,7 +299,6 @@ class Containers:
             features=handler.features,
             defaults=self._settings.defaults,
         )
-        self.cdi.inject(config, cdi.requested(wanted.cdi_devices, wanted.annotations))
         return user, config
 
     def _write(self, record: ContainerRecord, config: dict[str, Any]) -> None:
