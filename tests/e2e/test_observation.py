@@ -14,6 +14,7 @@ import pytest
 
 from cri.api.runtime.v1 import api_pb2 as pb
 from tests.e2e.conftest import MakeDaemon
+from tests.e2e.harness import cgroups
 from tests.e2e.harness.client import Client, Pod
 from tests.e2e.harness.daemon import Daemon
 from tests.e2e.harness.ports import wait_until
@@ -32,13 +33,12 @@ def own_cgroup(client: Client) -> Iterator[OwnCgroup]:
 
     def give(name: str) -> pb.LinuxPodSandboxConfig:
         names.append(name)
-        return pb.LinuxPodSandboxConfig(cgroup_parent=f"/{client.cgroup_parent}/{name}")
+        return pb.LinuxPodSandboxConfig(cgroup_parent=cgroups.below(client.cgroup_parent, name))
 
     yield give
     client.remove_everything()
     for name in names:
-        for directory in Path("/sys/fs/cgroup").glob(f"**/{client.cgroup_parent}/{name}"):
-            directory.rmdir()
+        cgroups.remove(cgroups.below(client.cgroup_parent, name))
 
 
 def stats_of(client: Client, container_id: str) -> pb.ContainerStats:
@@ -327,7 +327,7 @@ def test_metrics_bear_the_labels_that_kubelet_gave_them(client: Client, busybox:
         return next(dict(zip(keys, each.label_values, strict=False)) for each in metrics if each.name == name)
 
     common = {"namespace": "e2e", "pod": "labelled"}
-    cgroup = f"/{client.cgroup_parent}/labelled"
+    cgroup = cgroups.below(client.cgroup_parent, "labelled")
     assert labels(found.metrics, "container_memory_rss") == {
         **common, "id": cgroup, "name": pod.id, "image": "", "container": "",
     }  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from cri.api.runtime.v1 import api_pb2 as pb
-from tests.e2e.harness import leftovers, toml
+from tests.e2e.harness import cgroups, leftovers, toml
 from tests.e2e.harness.client import Client
 from tests.e2e.harness.leftovers import Owned
 from tests.e2e.harness.network import PLUGIN_DIRS, BridgeNetwork
@@ -42,7 +42,7 @@ class Daemon:
         self.log = directory / "daemon.log"
         self.cni_conf = directory / "cni"
         self.registries_conf = directory / "registries.conf"
-        self.cgroup_parent = f"crito-e2e-{uuid.uuid4().hex[:8]}"
+        self.cgroup_parent = cgroups.parent(f"crito-e2e-{uuid.uuid4().hex[:8]}")
         self.network = BridgeNetwork.choose(directory / "leases")
         self.owned = Owned(directory, self.root, self.run_dir, self.cgroup_parent, self.network)
         self.settings: dict[str, Any] = dict(settings or {})
@@ -211,6 +211,8 @@ def _unmount_all(directory: Path) -> None:
 
 
 def _remove_cgroups(owned: Owned) -> None:
+    if cgroups.HAS_SYSTEMD:
+        cgroups.remove(f"/{owned.cgroup_parent}")
     for folder in sorted(leftovers.cgroups(owned), key=len, reverse=True):
         with contextlib.suppress(OSError):
             Path(folder).rmdir()

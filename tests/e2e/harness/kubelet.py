@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.e2e.harness import cgroups
 from tests.e2e.harness.daemon import Daemon
 from tests.e2e.harness.ports import free_port, wait_until
 
@@ -38,8 +39,7 @@ class Kubelet:
         self.manifests.mkdir(parents=True)
 
     def start(self) -> None:
-        for hierarchy in _hierarchies():
-            (hierarchy / self.daemon.cgroup_parent).mkdir(exist_ok=True)
+        cgroups.make(f"/{self.daemon.cgroup_parent}")
         config = self.directory / "config.json"
         config.write_text(json.dumps(self._config()))
         command = [
@@ -125,8 +125,8 @@ class Kubelet:
             "healthzPort": 0,
             "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
             "authorization": {"mode": "AlwaysAllow"},
-            "cgroupDriver": "cgroupfs",
-            "cgroupRoot": f"/{self.daemon.cgroup_parent}",
+            "cgroupDriver": "systemd" if cgroups.HAS_SYSTEMD else "cgroupfs",
+            "cgroupRoot": f"/{self.daemon.cgroup_parent.removesuffix('.slice')}",
             "failCgroupV1": False,
             "failSwapOn": False,
             "oomScoreAdj": 0,
@@ -141,13 +141,6 @@ class Kubelet:
             "registerNode": False,
             "featureGates": self.feature_gates,
         }
-
-
-def _hierarchies() -> Iterator[Path]:
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split()
-        if fields[fields.index("-") + 1] in ("cgroup", "cgroup2"):
-            yield Path(fields[4])
 
 
 @contextmanager
