@@ -338,12 +338,23 @@ class Containers:
             try:
                 await _monitor(container).start(self._settings.create_timeout_s)
             except Error as error:
-                await self._set(container, status.with_failed_start(container.record.status, now, str(error)))
-                self._kill(container, signal.SIGKILL)
-                raise
+                if not await self._has_started(container):
+                    await self._set(container, status.with_failed_start(container.record.status, now, str(error)))
+                    self._kill(container, signal.SIGKILL)
+                    raise
             await self._set(container, started)
             self._publish(EventKind.STARTED, container)
         await self.hooks.started(container)
+
+    async def _has_started(self, container: Container) -> bool:
+        """Whether the OCI runtime has started it for a daemon that died before it could write that down."""
+        handler = self._handlers.find(container.record.runtime_handler)
+        if handler is None:
+            return False
+        try:
+            return (await handler.runtime.state(container.id)).status == "running"
+        except Error:
+            return False
 
     # Stop
 
@@ -621,6 +632,8 @@ class Containers:
             container.monitor = await Monitor.connect(self._settings.run_dir / container.id)
         except Unavailable as error:
             _log.info("container %s has no monitor: %s", container.id, error)
+        if container.state is ContainerState.CREATED and await self._has_started(container):
+            await self._set(container, status.with_start(container.record.status, self._clock.now()))
         self._watch(container)
 
     async def close(self) -> None:

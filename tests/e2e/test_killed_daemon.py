@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import threading
 import time
@@ -73,6 +74,32 @@ def test_a_container_that_ended_while_the_daemon_was_down_has_its_exit_code_and_
     assert (ended.state, ended.exit_code, ended.reason) == (pb.CONTAINER_EXITED, 42, "Error")
     assert 0.2e9 < ended.finished_at - started < 1.9e9
     assert client.log(pod) == "".join(f"{number}\n" for number in range(1, 50001))
+
+
+def test_a_container_that_the_runtime_had_started_when_the_daemon_died_is_running(
+    restarted: Daemon, client: Client, busybox: str
+) -> None:
+    pod = client.run_pod("half-started")
+    before_restart = client.create(pod, client.container_config(busybox, FOR_EVER, "first"))
+    behind_its_back = client.create(pod, client.container_config(busybox, FOR_EVER, "second"))
+
+    restarted.kill()
+    start_by_hand(restarted, before_restart)
+    restarted.start()
+    start_by_hand(restarted, behind_its_back)
+    client.start(behind_its_back)
+
+    assert client.status(before_restart).state == pb.CONTAINER_RUNNING
+    assert client.status(behind_its_back).state == pb.CONTAINER_RUNNING
+    client.stop(before_restart)
+
+
+def start_by_hand(daemon: Daemon, container_id: str) -> None:
+    """What a daemon had done that died before it could write it down."""
+    root = next((daemon.run_dir / "runtimes").glob(f"*/{container_id}")).parent
+    program = shutil.which(root.name)
+    assert program is not None
+    subprocess.run([program, "--root", str(root), "start", container_id], check=True, stdin=subprocess.DEVNULL)
 
 
 def test_a_pod_can_be_stopped_and_removed_by_the_next_daemon(restarted: Daemon, client: Client, busybox: str) -> None:
