@@ -219,20 +219,18 @@ async def _join(
     closes_stdin: bool = True,
 ) -> None:
     """Copy until `ended` is done and what the process has written is sent. Raises what `ended` raises."""
-    copies = [_copy_out(end, client.streams[name], ended) for name, end in outputs.items()]
+    outward = [asyncio.create_task(_copy_out(end, client.streams[name], ended)) for name, end in outputs.items()]
     inward = []
     if stdin is not None:
-        inward.append(_copy_in(client.streams[STDIN], stdin, closes_stdin))
+        inward.append(asyncio.create_task(_copy_in(client.streams[STDIN], stdin, closes_stdin)))
     if sizes := client.stream(RESIZE):
-        inward.append(_follow_sizes(sizes, resize))
-    tasks = [asyncio.create_task(each) for each in inward]
+        inward.append(asyncio.create_task(_follow_sizes(sizes, resize)))
     try:
-        await asyncio.gather(ended, *copies)
-    finally:
-        ended.cancel()
-        for task in tasks:
+        await asyncio.gather(ended, *outward)
+    finally:  # nobody waits on an fd any more when its owner closes it
+        for task in (ended, *outward, *inward):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(ended, *outward, *inward, return_exceptions=True)
 
 
 async def _copy_out(end: End, channel: Channel, ended: "asyncio.Future[Any]") -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from oci.monitor_client import Monitor
 from tests.e2e.conftest import MakeDaemon
 from tests.e2e.harness import leftovers
 from tests.fakes.stream_client import Command, open_port, spdy_client, spdy_command
@@ -134,3 +135,27 @@ def test_the_server_is_small(own_node: Node) -> None:
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
 
     assert int(fields["Pss"].split()[0]) < 40_000  # kB
+
+
+def test_a_monitor_that_is_killed_ends_the_session_with_the_reason(own_node: Node) -> None:
+    node = own_node
+
+    async def run() -> None:
+        url = node.exec_url(["cat"], stdin=True)
+        async with spdy_command(url, "stdin", "stdout", "stderr") as command:
+            await talks(command, b"hello")
+            os.kill(await monitor_of(node, node.container), signal.SIGKILL)
+
+            status = await command.status()
+            assert status["reason"] == "InternalError"
+            assert "monitor" in status["message"]
+            await command["stdout"].read_all()
+
+    asyncio.run(run())
+    node.client.remove_pod(node.pod.id)
+
+
+async def monitor_of(node: Node, container: str) -> int:
+    monitor = await Monitor.connect(node.daemon.run_dir / "containers" / container)
+    monitor.close()
+    return monitor.pid
