@@ -44,11 +44,13 @@ class Streams:
 
     async def register(self, target: Target) -> str:
         """The URL for the caller's caller: good for one session, and for a minute. Unavailable, ResourceExhausted."""
-        connection = await self._connected()
         file = os.memfd_create("target.json", os.MFD_CLOEXEC)
         try:
             os.write(file, encode_target(kind_of(target), target))
-            answer, _ = await connection.call("register", fds={"target": file})
+            try:
+                answer, _ = await (await self._connected()).call("register", fds={"target": file})
+            except Unavailable:  # it has just died: a new one can do it
+                answer, _ = await (await self._connected()).call("register", fds={"target": file})
         finally:
             os.close(file)
         if "exhausted" in answer:
