@@ -204,6 +204,11 @@ class RuntimeSection:
         (Path("/etc/cdi"), Path("/var/run/cdi")),
         "Directories of CDI descriptions of devices (*.json, *.yaml); where two have the same one, the later counts.",
     )
+    hooks_dir: tuple[Path, ...] = setting(
+        kinds.PATHS,
+        (Path("/usr/share/containers/oci/hooks.d"), Path("/etc/containers/oci/hooks.d")),
+        "Directories of OCI hooks (oci-hooks(5)); a file in a later one masks that of its name in an earlier one.",
+    )
     container_create_timeout: float = setting(
         kinds.TIMEOUT, 240.0, "An OCI runtime that has not created or started a container by then is killed."
     )

@@ -368,6 +368,7 @@ async def _build(config: Config, stack: contextlib.AsyncExitStack) -> Daemon:
             create_timeout_s=config.runtime.container_create_timeout,
             log_max_bytes=config.runtime.log_size_max,
             cdi_spec_dirs=config.runtime.cdi_spec_dirs,
+            hooks_dirs=config.runtime.hooks_dir,
             defaults=_defaults(config),
         ),
         Records(database, "containers", ContainerRecord),

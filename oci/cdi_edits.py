@@ -249,7 +249,7 @@ def edited(config: Mapping[str, Any], edits: Edits, *, idmap_mounts: bool = Fals
     for hook in edits.hooks:
         add_hook(made, hook.hook_name, _hook(hook))
     if edits.intel_rdt:
-        linux["intelRdt"] = msgspec.to_builtins(edits.intel_rdt)
+        linux["intelRdt"] = msgspec.json.decode(msgspec.json.encode(edits.intel_rdt))
     gids = [gid for gid in edits.additional_gids if gid]  # SPEC.md: 0 is ignored
     if gids:
         user = process["user"]

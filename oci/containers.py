@@ -35,6 +35,7 @@ from oci.errors import (
 )
 from oci.events import Bus, Event, EventKind
 from oci.handlers import Handler, Handlers
+from oci.hook_files import HookFiles
 from oci.hooks import Adjusted, ContainerHooks, NoContainerHooks
 from oci.image import ImageConfig
 from oci.image_volumes import ImageMount, ImageVolumes
@@ -91,6 +92,7 @@ class ContainerSettings:
     create_timeout_s: float
     log_max_bytes: int  # 0 is unlimited
     cdi_spec_dirs: tuple[Path, ...]  # descriptions of devices; the later ones count first
+    hooks_dirs: tuple[Path, ...]  # OCI hooks; the later ones count first
     defaults: spec.Defaults
 
 
@@ -112,6 +114,7 @@ class Containers:
     ) -> None:
         self._settings = settings
         self.cdi = Cdi(settings.cdi_spec_dirs)
+        self._hook_files = HookFiles(settings.hooks_dirs)
         self._records = records
         self._handlers = handlers
         self._fork_server = fork_server
@@ -235,6 +238,7 @@ class Containers:
         target_pid_ns = self._target_pid_ns(container.record)
         user, config = await self._pooled(self._prepare, container.record, pod, image, found, handler, target_pid_ns)
         config = cdi_edits.edited(config, devices, idmap_mounts=handler.features.idmap_mounts)
+        config = await self._pooled(self._hook_files.inject, config, *_asked_of_hooks(pod, spec_))
         container.record = replace(container.record, user=user)
         adjusted = await self.hooks.creating(container, config)
         container.record = self._with_adjustments(container.record, adjusted)
@@ -707,6 +711,11 @@ def _holders(record: ContainerRecord) -> list[tuple[str, str]]:
     """Who holds which image for this container: a name for each, because one name holds one image."""
     volumes = [(f"{record.id}:{path}", image_id) for path, image_id in record.image_mounts]
     return [(record.id, record.image_id), *volumes]
+
+
+def _asked_of_hooks(pod: PodEnvironment, wanted: ContainerSpec) -> tuple[dict[str, str], bool]:
+    """What OCI hooks' conditions look at: all annotations, the runtime's or not, and whether host paths are mounted."""
+    return {**pod.annotations, **wanted.annotations}, any(mount.host_path for mount in wanted.mounts)
 
 
 def _monitor(container: Container) -> Monitor:
