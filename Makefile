@@ -42,6 +42,7 @@ critest: setup
 bench: setup
 	tools/setup --peers
 	$(PYTHON_BIN) -m bench
+	$(PYTHON_BIN) -m bench.pull
 
 setup:
 	@tools/setup

@@ -8,8 +8,10 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -21,16 +23,21 @@ import oci.image
 from cri.image_service import auth, policy
 from cri.image_service import reference as references
 from cri.image_service.auth import Credentials
+from cri.image_service.group_sync import GroupSync
 from cri.image_service.implied import make_implied_layer
 from cri.image_service.joined import Joined
-from cri.image_service.manifest import Descriptor, host_platform, is_digest, parse_platform
+from cri.image_service.limits import RegistryLimit, Slots
+from cri.image_service.manifest import Descriptor, Manifest, host_platform, is_digest, parse, parse_platform
+from cri.image_service.progress import LayerPhase, LayerProgress, Progress
 from cri.image_service.reference import Reference
 from cri.image_service.registries_conf import RegistriesFiles
 from cri.image_service.snapshots import LayerDirectory, References, directory_name, total
 from cri.image_service.store import Contents, ImageRecord, LayerRecord, Name, Store
+from cri.image_service.unpack import sync_filesystem
 from cri.image_service.workers import Workers
 from oci.errors import Error, InvalidArgument, NotFound, PermissionDenied, Unavailable
 from oci.image import ImageConfig
+from oci.linux import proc
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -52,6 +59,7 @@ class ImageSettings:
     connect_timeout_s: float = 10.0
     read_timeout_s: float = 30.0
     progress_timeout_s: float = 300.0  # without a byte fetched, unpacked or synced
+    registry_limits: Mapping[str, RegistryLimit] = field(default_factory=dict)  # by registry
     keep_partial_s: float = 600.0  # how long layers of a pull that failed wait for the next try
 
 
@@ -79,22 +87,23 @@ class Image:
 
 
 @dataclass(slots=True)
-class Progress:
-    """How far a pull or load is; counts bytes of all its layers together."""
+class Totals:
+    """What has happened since the start, for metrics."""
 
-    reference: str
-    phase: str = "resolving"  # resolving, fetching, done
-    layers_total: int = 0
-    layers_done: int = 0
-    bytes_total: int = 0  # compressed, of the layers that are not there yet
-    bytes_fetched: int = 0
-    bytes_unpacked: int = 0
-    started_at: float = field(default_factory=time.monotonic)
-    listeners: list[Callable[["Progress"], None]] = field(default_factory=list, repr=False)
+    fetched_bytes: int = 0
+    layers: int = 0  # fetched, unpacked and committed
+    failed_layers: int = 0
+    damaged_layers: int = 0
 
-    def changed(self) -> None:
-        for listener in self.listeners:
-            listener(self)
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A layer that is not as it was unpacked."""
+
+    diff_id: str
+    images: tuple[str, ...]
+    found: str
+    outcome: str = ""  # of the repair, where one was asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +121,8 @@ class _Layer:
     diff_id: str
     size_bytes: int
     request: dict[str, Any]
+    digest: str = ""  # of the blob to fetch; "" where it lies in a local file
+    registry: str = ""
 
 
 class Images:
@@ -124,7 +135,13 @@ class Images:
         self._directory = LayerDirectory(settings.root)
         self._registries = RegistriesFiles(settings.registries_conf, settings.registries_conf_dir)
         self._workers = Workers(settings.max_parallel_layers, settings.progress_timeout_s)
-        self._slots = asyncio.Semaphore(settings.max_parallel_layers)
+        self._slots = Slots(settings.max_parallel_layers, settings.registry_limits)
+        self._syncs = GroupSync(partial(self._workers.call, {"verb": "sync", "path": str(settings.root)}))
+        self._partials: Counter[str] = Counter()  # digests of the blobs that are being fetched
+        self._suspects: set[str] = set()  # layers to verify before they are used
+        self._checks: Joined[str, str] = Joined()
+        self._pins: dict[str, bool] = {}
+        self._cancelled: set[object] = set()  # pulls that were ended by `cancel`
         self._catalog = asyncio.Lock()  # held while database and memory take in one change of images or names
         self._pulls: Joined[object, Image] = Joined()
         self._layer_work: Joined[str, None] = Joined()
@@ -135,8 +152,10 @@ class Images:
         self._layers_of: dict[str, tuple[str, ...]] = {}  # also of images removed but held
         self._references = References()
         self._leaving: dict[str, asyncio.Task[None]] = {}
+        self._settling: dict[str, asyncio.Task[None]] = {}  # layers on their way to the disk
         self._tasks: set[asyncio.Task[Any]] = set()
         self._later: asyncio.TimerHandle | None = None
+        self.totals = Totals()
 
     # ---- life
 
@@ -152,7 +171,7 @@ class Images:
             directory = LayerDirectory(settings.root)
             await loop.run_in_executor(database, directory.prepare)
             store = await loop.run_in_executor(database, Store, settings.root / "images.db")
-            contents = await loop.run_in_executor(database, partial(_recover, store, directory))
+            contents = await loop.run_in_executor(database, partial(_recover, store, directory, proc.boot_id()))
         except BaseException:
             database.shutdown()
             raise
@@ -167,10 +186,13 @@ class Images:
             self._later.cancel()
         await self._pulls.cancel_all()
         await self._layer_work.cancel_all()
+        await self._checks.cancel_all()
+        await self._syncs.close()
         await self._workers.close()
         while self._tasks:
             await asyncio.wait(self._tasks)
-        await asyncio.get_running_loop().run_in_executor(self._database, self._store.close)
+        await self._db(self._store.close)
+        await self._db(self._directory.end)
         self._database.shutdown()
 
     # ---- look-ups, from memory
@@ -178,12 +200,20 @@ class Images:
     def list(self, reference: str = "") -> tuple[Image, ...]:
         """All images, or the one that `reference` names."""
         if not reference:
-            return tuple(self._images.values())
+            return tuple(image for image in self._images.values() if self._is_whole(image))
         found = self.find(reference)
         return () if found is None else (found,)
 
     def find(self, reference: str) -> Image | None:
         """The image with this id (or a unique prefix of it), tag or digest; None also for what is no reference."""
+        found = self._find(reference)
+        return found if found is not None and self._is_whole(found) else None
+
+    def _is_whole(self, image: Image) -> bool:
+        """Whether all its layers are here: one that was found damaged is not until it has been fetched again."""
+        return all(diff_id in self._layers for diff_id in self._layers_of[image.id])
+
+    def _find(self, reference: str) -> Image | None:
         if references.is_image_id(reference):
             return self._images.get(f"sha256:{reference.removeprefix('sha256:')}")
         if reference in self._images:
@@ -259,6 +289,10 @@ class Images:
             progress.listeners.append(on_progress)
         try:
             return await self._pulls.run(key, lambda: self._pull(key, parsed, credentials, platform, progress))
+        except asyncio.CancelledError as error:
+            if key in self._cancelled and not _is_being_cancelled():
+                raise Unavailable(f"the pull of {parsed} was cancelled by the node's administrator") from error
+            raise
         finally:
             if on_progress is not None:
                 progress.listeners.remove(on_progress)
@@ -271,6 +305,7 @@ class Images:
         platform: str | None,
         progress: Progress,
     ) -> Image:
+        self._cancelled.discard(key)
         try:
             conf = await asyncio.to_thread(self._registries.current)
             meanings = conf.qualified(parsed)
@@ -305,16 +340,29 @@ class Images:
         descriptors = [Descriptor(**each) for each in resolved["layers"]]
         diff_ids = _diff_ids(config, len(descriptors), f"image {wanted}")
         best = [sources[resolved["source"]], *(each for each in sources if each is not sources[resolved["source"]])]
-        shared = {"verb": "layer", "sources": best, "session": resolved["session"], **self._timeouts()}
         layers = [
-            _Layer(
-                diff_id,
-                descriptor.size_bytes,
-                {**shared, "digest": descriptor.digest, "size_bytes": descriptor.size_bytes},
-            )
+            self._remote_layer(diff_id, descriptor, best, resolved["session"])
             for diff_id, descriptor in zip(diff_ids, descriptors, strict=True)
         ]
         return await self._complete(resolved, config, layers, _names(wanted, resolved["digest"]), progress)
+
+    def _remote_layer(
+        self, diff_id: str, descriptor: Descriptor, sources: Sequence[dict[str, Any]], session: dict[str, Any]
+    ) -> _Layer:
+        host = sources[0]["host"]
+        limit = self._slots.limit(host)
+        request = {
+            "verb": "layer",
+            "sources": sources,
+            "session": session,
+            "digest": descriptor.digest,
+            "size_bytes": descriptor.size_bytes,
+            "partial": str(self._directory.partial(descriptor.digest)),
+            **self._timeouts(),
+        }
+        if limit is not None and limit.bytes_per_s:
+            request["pace"] = {"path": str(self._directory.pace(host)), "bytes_per_s": limit.bytes_per_s}
+        return _Layer(diff_id, descriptor.size_bytes, request, descriptor.digest, host)
 
     async def _sources(self, wanted: Reference, credentials: Credentials | None) -> Sequence[dict[str, Any]]:
         conf = await asyncio.to_thread(self._registries.current)
@@ -407,10 +455,13 @@ class Images:
         progress.layers_total += len(by_diff_id)
         progress.layers_done += len(by_diff_id) - len(missing)
         progress.bytes_total += sum(layer.size_bytes for layer in missing)
+        progress.layers += [LayerProgress(layer.diff_id, layer.digest, layer.size_bytes) for layer in missing]
         progress.changed()
         self._references.claim(by_diff_id)
         try:
-            await _all(self._have_layer(layer, progress) for layer in by_diff_id.values())
+            # The largest first: what is left at the end shall be small.
+            by_size = sorted(by_diff_id.values(), key=lambda layer: -layer.size_bytes)
+            await _all(self._have_layer(layer, progress) for layer in by_size)
             image_id = found["config_digest"]
             stack = await self._with_implied(image_id, config.diff_ids)
             self._references.claim(stack)
@@ -431,7 +482,7 @@ class Images:
                 self._references.unclaim(stack)
         finally:
             self._references.unclaim(by_diff_id)
-            self._free_later(by_diff_id)
+            self._free_later(by_diff_id, always=sys.exc_info()[0] is not None)
         progress.phase = "done"
         progress.changed()
         return image
@@ -461,9 +512,14 @@ class Images:
             tried = True
             return self._fetch(layer, progress)
 
+        if layer.diff_id in self._suspects and layer.diff_id in self._layers:
+            await self._check(layer.diff_id)
         while layer.diff_id not in self._layers:
             if (leaving := self._leaving.get(layer.diff_id)) is not None:
                 await asyncio.shield(leaving)
+            if (settling := self._settling.get(layer.diff_id)) is not None:
+                await asyncio.wait([settling])
+                continue
             try:
                 await self._layer_work.run(layer.diff_id, fetch)
             except Error:
@@ -474,26 +530,49 @@ class Images:
             progress.changed()
 
     async def _fetch(self, layer: _Layer, progress: Progress) -> None:
-        """Fetches and unpacks one layer in a worker, then commits it. On any error nothing of it stays."""
-        before = {"fetched": 0, "unpacked": 0}
+        """Fetches and unpacks one layer in a worker, then commits it. On any error nothing of it stays in sight."""
+        shown = progress.layer(layer.diff_id, layer.digest, layer.size_bytes)
 
         def progressed(now: dict[str, int]) -> None:
-            progress.bytes_fetched += now["fetched"] - before["fetched"]
-            progress.bytes_unpacked += now["unpacked"] - before["unpacked"]
-            before.update(now)
-            progress.changed()
+            self.totals.fetched_bytes += max(0, now["fetched"] - shown.bytes_fetched)
+            shown.phase = LayerPhase.FETCHING if now["fetched"] < layer.size_bytes else LayerPhase.UNPACKING
+            progress.count(shown, now["fetched"], now["unpacked"])
 
-        async with self._slots:
-            temporary = self._directory.new_temporary(layer.diff_id)
-            try:
+        temporary = self._directory.new_temporary(layer.diff_id)
+        self._partials[layer.digest] += 1
+        try:
+            async with self._slots.taken(layer.registry, shown), self._syncs.unpacking():
+                shown.phase = LayerPhase.FETCHING
                 made = await self._workers.call(
                     {**layer.request, "diff_id": layer.diff_id, "directory": str(temporary)}, progressed
                 )
-                record = LayerRecord(layer.diff_id, made["size_bytes"], made["inodes"], tuple(made["implied"]))
-                await self._finished(self._commit(temporary, record))
-            except BaseException:
+                progressed({"fetched": layer.size_bytes, "unpacked": made["unpacked_bytes"]})
+            shown.phase = LayerPhase.COMMITTING
+            progress.changed()
+            record = LayerRecord(layer.diff_id, made["size_bytes"], made["inodes"], tuple(made["implied"]))
+            settling = self._settling[layer.diff_id] = self._spawn(self._settle(temporary, record))
+            await asyncio.shield(settling)
+        except BaseException as error:
+            shown.phase = LayerPhase.FAILED
+            self.totals.failed_layers += not isinstance(error, asyncio.CancelledError)
+            if layer.diff_id not in self._settling:  # what is whole is kept, also of a pull that fails
                 self._discard(temporary)
-                raise
+            raise
+        finally:
+            self._partials[layer.digest] -= 1
+        self.totals.layers += 1
+        shown.phase = LayerPhase.DONE
+
+    async def _settle(self, temporary: Path, record: LayerRecord) -> None:
+        """Has an unpacked layer on the disk and on record, also when nobody waits for it any more."""
+        try:
+            await self._syncs.synced()
+            await self._commit(temporary, record)
+        except BaseException:
+            self._discard(temporary)
+            raise
+        finally:
+            self._settling.pop(record.diff_id, None)
 
     async def _commit(self, temporary: Path, record: LayerRecord) -> None:
         def commit() -> None:
@@ -501,6 +580,7 @@ class Images:
             self._store.add_layer(record)
 
         await self._db(commit)
+        self._suspects.discard(record.diff_id)
         self._layers[record.diff_id] = record
 
     async def _with_implied(self, image_id: str, diff_ids: tuple[str, ...]) -> tuple[str, ...]:
@@ -524,6 +604,150 @@ class Images:
             raise
         return (*diff_ids, own)
 
+    # ---- pins, cancellation
+
+    async def pin(self, reference: str, pinned: bool) -> Image:
+        """Keeps the image from kubelet's garbage collection, or leaves it to that, whatever the configuration says."""
+        image = self.resolve(reference)
+
+        async def change() -> Image:
+            async with self._catalog:
+                await self._db(self._store.pin, image.id, pinned)
+                self._pins[image.id] = pinned
+                self._images[image.id] = self._renamed(self._images[image.id])
+                return self._images[image.id]
+
+        return await self._finished(change())
+
+    async def cancel(self, reference: str) -> int:
+        """Ends the pulls of `reference` under way; how many. Who waits for them gets Unavailable."""
+        wanted = str(references.with_default_tag(references.parse(reference)))
+        keys = [key for key, progress in self._progress.items() if progress.reference == wanted]
+        for key in keys:
+            self._cancelled.add(key)
+            await self._pulls.cancel(key)
+        return len(keys)
+
+    # ---- damage
+
+    @property
+    def suspects(self) -> int:
+        """How many layers an unclean shutdown may have damaged that nobody has verified since."""
+        return len(self._suspects)
+
+    async def ensure(self, image_id: str) -> None:
+        """Has the image's layers as they were unpacked; call it before they are used.
+
+        Only after an unclean shutdown there is something to do. Raises Unavailable where a layer is damaged and could
+        not be fetched again: the image is not listed then until it is pulled.
+        """
+        for diff_id in self._layers_of.get(image_id, ()):
+            if diff_id in self._suspects:
+                await self._healed(diff_id)
+
+    async def verify(self, repair: bool = False) -> AsyncIterator[Damage]:
+        """Verifies every layer: tells those found damaged, and with `repair` whether they were healed.
+
+        Without `repair` everything stays as it is.
+        """
+        for diff_id in tuple(self._layers):
+            if diff_id not in self._layers or diff_id.startswith("implied:"):
+                continue
+            names = self._names_with(diff_id)
+            damage = await self._damage(diff_id)
+            if not damage:
+                if diff_id in self._suspects:
+                    await self._cleared(diff_id)
+                continue
+            outcome = ""
+            if repair and self._is_mounted(diff_id):
+                outcome = "not repaired: containers run from it"
+            elif repair:
+                try:
+                    await self._lose(diff_id, damage)
+                    await self._heal(diff_id)
+                    outcome = "repaired"
+                except Error as error:
+                    outcome = f"not repaired: {error}; no longer listed, to be pulled again"
+            yield Damage(diff_id, names, damage, outcome)
+
+    async def _healed(self, diff_id: str) -> None:
+        await self._check(diff_id)
+        if diff_id not in self._layers:
+            await self._heal(diff_id)
+
+    async def _check(self, diff_id: str) -> None:
+        """Verifies a suspect; a damaged layer is no longer there, and images with it are not listed."""
+        damage = await self._checks.run(diff_id, lambda: self._damage(diff_id))
+        if diff_id not in self._suspects:
+            return  # another caller has drawn the conclusion
+        if damage:
+            await self._finished(self._lose(diff_id, damage))
+        else:
+            await self._cleared(diff_id)
+
+    async def _damage(self, diff_id: str) -> str:
+        if diff_id.startswith("implied:"):
+            return ""  # directories alone: that they are there is all there is to verify, and the start did
+        done = await self._workers.call({"verb": "verify", "directory": str(self._directory.layer(diff_id))}, _ignored)
+        damage: str = done["damage"]
+        return damage
+
+    async def _cleared(self, diff_id: str) -> None:
+        self._suspects.discard(diff_id)
+        await self._db(self._store.clear, diff_id)
+
+    async def _lose(self, diff_id: str, damage: str) -> None:
+        log.error("layer %s is damaged and will be fetched again: %s", diff_id, damage)
+        self.totals.damaged_layers += 1
+        self._suspects.discard(diff_id)
+        self._layers.pop(diff_id, None)
+        await self._drop_layers([diff_id])
+
+    async def _heal(self, diff_id: str) -> None:
+        """Fetches a lost layer for the images that have it; those of which nobody has it any more go."""
+        troubles = []
+        for image_id in [each for each, layers in self._layers_of.items() if diff_id in layers]:
+            for name in self._image_names(image_id):
+                try:
+                    layer = await self._layer_of(image_id, diff_id, references.parse(name))
+                    await self._have_layer(layer, Progress(f"repair of {name}"))
+                    return
+                except Error as error:
+                    troubles.append(str(error))
+        for image_id in [each for each, layers in self._layers_of.items() if diff_id in layers]:
+            if image_id in self._images:
+                await self._finished(self._remove(image_id))
+        reason = troubles[0] if troubles else "none of its images has a name to fetch it by"
+        raise Unavailable(
+            f"layer {diff_id} was damaged by an unclean shutdown and could not be fetched again: {reason}"
+        )
+
+    async def _layer_of(self, image_id: str, diff_id: str, name: Reference) -> _Layer:
+        """How to fetch one layer of an image that is here, from where `name` points to."""
+        record = await self._db(self._store.image, image_id)
+        if record is None or not record.manifest:
+            raise NotFound(f"image {image_id} has no manifest that tells its layers' digests")
+        config = await self._config(record.config, f"image {image_id}")
+        manifest = parse(record.manifest.encode(), record.media_type, f"image {image_id}")
+        assert isinstance(manifest, Manifest)  # an index is never recorded
+        at = config.diff_ids.index(diff_id)
+        return self._remote_layer(diff_id, manifest.layers[at], await self._sources(name, None), {})
+
+    def _image_names(self, image_id: str) -> tuple[str, ...]:
+        image = self._images.get(image_id)
+        return () if image is None else (*image.repo_digests, *image.repo_tags)
+
+    def _names_with(self, diff_id: str) -> tuple[str, ...]:
+        """The images that have the layer, by name, else by id."""
+        images = [image_id for image_id, layers in self._layers_of.items() if diff_id in layers]
+        return tuple((*self._image_names(image_id), image_id)[0] for image_id in images)
+
+    def _is_mounted(self, diff_id: str) -> bool:
+        return any(
+            diff_id in layers and self._references.is_held(image_id) for image_id, layers in self._layers_of.items()
+        )
+
     # ---- removal
 
     async def remove(self, reference: str) -> None:
@@ -531,7 +755,7 @@ class Images:
 
         An image that is not there is success (api.proto, RemoveImage).
         """
-        image = self.find(reference)
+        image = self._find(reference)
         if image is not None:
             await self._finished(self._remove(image.id))
 
@@ -573,17 +797,20 @@ class Images:
         """
         for image_id in [image_id for image_id in self._layers_of if image_id not in self._images]:
             await self._forget_unheld(image_id)
-        self._free_later(self._layers)
+        self._free_later(self._layers, always=True)
 
-    def _free_later(self, layers: Iterable[str]) -> None:
+    def _free_later(self, layers: Iterable[str], always: bool = False) -> None:
         """Layers of a pull that failed wait a while, so that the next try need not fetch them again."""
-        if self._later is None and self._references.unneeded(layers):
+        if self._later is None and (always or self._references.unneeded(layers)):
             loop = asyncio.get_running_loop()
             self._later = loop.call_later(self._settings.keep_partial_s, self._free_now)
 
     def _free_now(self) -> None:
         self._later = None
         self._free(self._layers)
+        self._spawn(
+            self._db(self._directory.drop_partials, [digest for digest, count in self._partials.items() if count])
+        )
 
     def _free(self, layers: Iterable[str]) -> None:
         unneeded = [diff_id for diff_id in self._references.unneeded(tuple(layers)) if diff_id in self._layers]
@@ -626,6 +853,8 @@ class Images:
 
     def _take(self, contents: Contents) -> None:
         self._layers = {layer.diff_id: layer for layer in contents.layers}
+        self._suspects = set(contents.suspects)
+        self._pins = dict(contents.pins)
         self._names = {name.name: name for name in contents.names}
         for record in contents.images:
             self._layers_of[record.id] = record.layers
@@ -651,7 +880,12 @@ class Images:
         names = [name for name in self._names.values() if name.image_id == image.id]
         tags = tuple(name.name for name in names if not name.is_digest)
         digests = tuple(name.name for name in names if name.is_digest)
-        return replace(image, repo_tags=tags, repo_digests=digests, pinned=self._is_pinned((*tags, *digests)))
+        return replace(
+            image,
+            repo_tags=tags,
+            repo_digests=digests,
+            pinned=self._pins.get(image.id, self._is_pinned((*tags, *digests))),
+        )
 
     def _is_pinned(self, names: tuple[str, ...]) -> bool:
         return any(fnmatchcase(name, pattern) for name in names for pattern in self._settings.pinned_images)
@@ -700,8 +934,16 @@ class Images:
         return task
 
 
-def _recover(store: Store, directory: LayerDirectory) -> Contents:
+def _recover(store: Store, directory: LayerDirectory, boot_id: str) -> Contents:
     """What is whole: layers with record and directory, images with all their layers. The rest goes."""
+    if directory.begin(boot_id):
+        log.warning("the last daemon ended with the machine: image layers are verified before they are used")
+        store.suspect_all()
+    else:
+        for temporary, unpacked in directory.unpacked():  # whole in memory: a killed daemon takes nothing of that along
+            sync_filesystem(temporary)
+            directory.commit(temporary, unpacked.diff_id)
+            store.add_layer(unpacked)
     contents = store.load()
     layers = [layer for layer in contents.layers if directory.path(layer.diff_id).is_dir()]
     known = {layer.diff_id for layer in layers}
@@ -717,7 +959,17 @@ def _recover(store: Store, directory: LayerDirectory) -> Contents:
     directory.sweep(known)
     ids = {image.id for image in images}
     names = tuple(name for name in contents.names if name.image_id in ids)
-    return Contents(tuple(layers), tuple(images), names)
+    return Contents(tuple(layers), tuple(images), names, contents.suspects & known, contents.pins)
+
+
+def _is_being_cancelled() -> bool:
+    """Whether the task that runs is itself cancelled, not only what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _ignored(_: dict[str, int]) -> None:
+    """Progress that nobody is shown."""
 
 
 def _is_readable(image: ImageRecord) -> bool:

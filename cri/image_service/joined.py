@@ -34,6 +34,13 @@ class Joined(Generic[K, T]):
         finally:
             waiting.discard(me)
 
+    async def cancel(self, key: K) -> None:
+        """Ends the work for `key`, whoever waits for it, and awaits its clean-up."""
+        task, _ = self._running.get(key, (None, None))
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+
     async def cancel_all(self) -> None:
         tasks = [task for task, _ in self._running.values()]
         for task in tasks:

@@ -113,13 +113,13 @@ class Registry:
         check_digest(content, digest, f"blob {self._source.host}/{self._source.repository}@{digest}")
         return content
 
-    def blob(self, digest: str, size_bytes: int) -> Iterator[bytes]:
-        """The bytes of a blob, `size_bytes` of them; after a broken connection it goes on where it was.
+    def blob(self, digest: str, size_bytes: int, start: int = 0) -> Iterator[bytes]:
+        """The bytes of a blob from `start` to `size_bytes`; after a broken connection it goes on where it was.
 
         Raises Error where the registry sends more or fewer. The digest is for the caller to verify.
         """
         path = f"/v2/{self._source.repository}/blobs/{digest}"
-        done, failures = 0, 0
+        done, failures = start, 0
         while done < size_bytes:
             before = done
             try:

@@ -3,12 +3,17 @@
 root/layers/<hex of the diff ID>/diff   a committed layer, with a record in images.db
 root/layers/<hex>.tmp-<random>/         being unpacked, or left by a crash: swept at the next start
 root/trash/<random>                     on its way out
+root/partial/<digest>                   what has come of a blob, for the next try should this one be cut short
+root/pace/<registry>                    how far ahead of a registry's rate its workers are
+root/running                            the boot id of the daemon at work; gone after a clean end
 """
 
+import json
 import os
 import secrets
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from cri.image_service.store import LayerRecord
@@ -23,10 +28,46 @@ class LayerDirectory:
     def __init__(self, root: Path) -> None:
         self._layers = root / "layers"
         self._trash = root / "trash"
+        self._partial = root / "partial"
+        self._pace = root / "pace"
+        self._running = root / "running"
 
     def prepare(self) -> None:
-        for directory in (self._layers, self._trash):
+        for directory in (self._layers, self._trash, self._partial, self._pace):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def begin(self, boot_id: str) -> bool:
+        """Marks the store as in use. Whether what was in memory may have been lost since it was marked last."""
+        try:
+            lost = self._running.read_text() != boot_id
+        except FileNotFoundError:
+            lost = False
+        with self._running.open("w") as file:
+            file.write(boot_id)
+            file.flush()
+            os.fsync(file.fileno())
+        _fsync_directory(self._running.parent)
+        return lost
+
+    def end(self) -> None:
+        self._running.unlink(missing_ok=True)
+
+    def layer(self, diff_id: str) -> Path:
+        """The layer's directory: its tree, and the list of its files."""
+        return self._layers / directory_name(diff_id)
+
+    def partial(self, digest: str) -> Path:
+        return self._partial / digest.replace(":", "-")
+
+    def pace(self, host: str) -> Path:
+        return self._pace / host.replace("/", "-")
+
+    def drop_partials(self, wanted: Iterable[str]) -> None:
+        """Removes what has come of blobs, except of those with these digests."""
+        keep = {self.partial(digest) for digest in wanted}
+        for path in self._partial.iterdir():
+            if path not in keep:
+                path.unlink(missing_ok=True)
 
     def path(self, diff_id: str) -> Path:
         """The tree that is mounted as a lower directory."""
@@ -40,6 +81,7 @@ class LayerDirectory:
         final = self._layers / directory_name(diff_id)
         if final.exists():
             self.discard(final)  # a crash came between name and record
+        unpacked_path(temporary).unlink(missing_ok=True)
         temporary.rename(final)
         _fsync_directory(self._layers)
 
@@ -55,6 +97,17 @@ class LayerDirectory:
     def discard_layer(self, diff_id: str) -> Path | None:
         return self.discard(self._layers / directory_name(diff_id))
 
+    def unpacked(self) -> list[tuple[Path, LayerRecord]]:
+        """What a killed daemon had unpacked and verified but not committed. Only true in the same boot."""
+        found = []
+        for path in self._layers.glob("*.tmp-*"):
+            with suppress(FileNotFoundError, ValueError, KeyError):
+                done = json.loads(unpacked_path(path).read_text())
+                found.append(
+                    (path, LayerRecord(done["diff_id"], done["size_bytes"], done["inodes"], tuple(done["implied"])))
+                )
+        return found
+
     def sweep(self, known: Iterable[str]) -> None:
         """Discards every directory that is no layer of `known`."""
         wanted = {directory_name(diff_id) for diff_id in known}
@@ -64,6 +117,11 @@ class LayerDirectory:
 
     def trash(self) -> list[Path]:
         return list(self._trash.iterdir())
+
+
+def unpacked_path(directory: Path) -> Path:
+    """Where a worker tells that a layer is whole, before it is committed."""
+    return directory / "unpacked.json"
 
 
 def directory_name(diff_id: str) -> str:

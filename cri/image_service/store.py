@@ -7,14 +7,14 @@ may be believed.
 import json
 import logging
 import sqlite3
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE layers (
     diff_id TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, inodes INTEGER NOT NULL, implied TEXT NOT NULL);
@@ -25,6 +25,11 @@ CREATE TABLE images (
 CREATE TABLE names (
     name TEXT PRIMARY KEY, image TEXT NOT NULL REFERENCES images (id) ON DELETE CASCADE, is_digest INTEGER NOT NULL);
 CREATE INDEX names_by_image ON names (image);
+"""
+# Version 2: layers that an unclean shutdown may have damaged, until they are verified; and pins made at run time.
+_SINCE_1 = """
+CREATE TABLE suspects (diff_id TEXT PRIMARY KEY);
+CREATE TABLE pins (image TEXT PRIMARY KEY, pinned INTEGER NOT NULL);
 """
 _SELECT_IMAGES = (
     "SELECT id, config, manifest, manifest_digest, media_type, size_bytes, layers, pulled_at, removed FROM images"
@@ -66,6 +71,8 @@ class Contents:
     layers: tuple[LayerRecord, ...]
     images: tuple[ImageRecord, ...]
     names: tuple[Name, ...]
+    suspects: frozenset[str] = frozenset()  # layers to verify before they are used
+    pins: Mapping[str, bool] = field(default_factory=dict)  # by image id, over what the configuration says
 
 
 class Store:
@@ -74,8 +81,10 @@ class Store:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute("PRAGMA foreign_keys=ON")
-        if self._db.execute("PRAGMA user_version").fetchone()[0] == 0:
-            self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_SCHEMA_VERSION}; COMMIT;")
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version < _SCHEMA_VERSION:
+            missing = _SINCE_1 if version == 1 else _SCHEMA + _SINCE_1
+            self._db.executescript(f"BEGIN; {missing} PRAGMA user_version={_SCHEMA_VERSION}; COMMIT;")
 
     def close(self) -> None:
         self._db.close()
@@ -92,22 +101,40 @@ class Store:
             Name(name, image, bool(is_digest))
             for name, image, is_digest in self._db.execute("SELECT name, image, is_digest FROM names ORDER BY rowid")
         ]
-        return Contents(tuple(layers), tuple(images), tuple(names))
+        suspects = frozenset(diff_id for (diff_id,) in self._db.execute("SELECT diff_id FROM suspects"))
+        pins = {image: bool(pinned) for image, pinned in self._db.execute("SELECT image, pinned FROM pins")}
+        return Contents(tuple(layers), tuple(images), tuple(names), suspects, pins)
+
+    def suspect_all(self) -> None:
+        """Every layer there is now is to be verified before it is used."""
+        self._db.execute("INSERT OR IGNORE INTO suspects SELECT diff_id FROM layers")
+
+    def clear(self, diff_id: str) -> None:
+        """The layer has been verified."""
+        self._db.execute("DELETE FROM suspects WHERE diff_id = ?", (diff_id,))
+
+    def pin(self, image_id: str, pinned: bool) -> None:
+        self._db.execute("INSERT OR REPLACE INTO pins VALUES (?, ?)", (image_id, pinned))
 
     def image(self, image_id: str) -> ImageRecord | None:
         row = self._db.execute(f"{_SELECT_IMAGES} WHERE id = ?", (image_id,)).fetchone()
         return None if row is None else _image_record(row)
 
     def add_layer(self, layer: LayerRecord) -> None:
-        self._db.execute(
-            "INSERT OR REPLACE INTO layers VALUES (?, ?, ?, ?)",
-            (layer.diff_id, layer.size_bytes, layer.inodes, json.dumps(layer.implied)),
-        )
+        with self._db:
+            self._db.execute("BEGIN")
+            self._db.execute(
+                "INSERT OR REPLACE INTO layers VALUES (?, ?, ?, ?)",
+                (layer.diff_id, layer.size_bytes, layer.inodes, json.dumps(layer.implied)),
+            )
+            self.clear(layer.diff_id)
 
     def remove_layers(self, diff_ids: Iterable[str]) -> None:
         with self._db:
             self._db.execute("BEGIN")
-            self._db.executemany("DELETE FROM layers WHERE diff_id = ?", [(diff_id,) for diff_id in diff_ids])
+            gone = [(diff_id,) for diff_id in diff_ids]
+            self._db.executemany("DELETE FROM layers WHERE diff_id = ?", gone)
+            self._db.executemany("DELETE FROM suspects WHERE diff_id = ?", gone)
 
     def put_image(self, image: ImageRecord, names: Iterable[Name]) -> None:
         """The image, and names that point to it from now on, whatever they pointed to before."""
@@ -143,7 +170,10 @@ class Store:
             self._db.execute("UPDATE images SET removed = 1 WHERE id = ?", (image_id,))
 
     def remove_image(self, image_id: str) -> None:
-        self._db.execute("DELETE FROM images WHERE id = ?", (image_id,))
+        with self._db:
+            self._db.execute("BEGIN")
+            self._db.execute("DELETE FROM images WHERE id = ?", (image_id,))
+            self._db.execute("DELETE FROM pins WHERE image = ?", (image_id,))
 
 
 def _image_record(row: tuple[Any, ...]) -> ImageRecord:

@@ -92,6 +92,9 @@ class Stream:
 
     def skip(self, count: int) -> int:
         """How many of `count` bytes there were to skip."""
+        if self._at + count <= len(self._chunk):
+            self._at += count
+            return count
         return sum(len(piece) for piece in self.pieces(count))
 
     def drain(self) -> None:
@@ -127,10 +130,12 @@ class Archive:
                 raise Error("tar archive ends in the middle of a file")
 
     def _header(self) -> bytes | None:
-        for _ in self.data():
-            pass
-        self._stream.skip(self._padding)
-        self._padding = 0
+        if self._left:
+            for _ in self.data():
+                pass
+        if self._padding:
+            self._stream.skip(self._padding)
+            self._padding = 0
         header = self._stream.take(BLOCK)
         if not header or header == _ZEROS:
             return None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from cri.image_service.layer_files import FileList, crc32
 from cri.image_service.tar import Archive, Entry, Kind, Stream
 from oci.errors import Error
 
@@ -24,6 +25,7 @@ _FOREIGN_WHITEOUT = b".wh..wh."  # AUFS' own files, such as .wh..wh.plnk
 _OPAQUE_XATTR = "trusted.overlay.opaque"
 _BLOCK_BYTES = 4096
 _OPEN_DIRECTORIES = 64
+_PLAIN_PATH_BYTES = 2048  # far from PATH_MAX, where paths are left to openat2 to refuse
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_SYMLINKS = 40
@@ -55,14 +57,14 @@ class _Attributes:
 
 
 def unpack(stream: Stream, directory: Path) -> Unpacked:
-    """Makes `directory`/diff from the archive in `stream`, which is read to its end.
+    """Makes `directory`/diff from the archive in `stream`, which is read to its end, and the list of its files.
 
     Uses `directory`/trash for what entries replace. Errors name the entry; the caller removes `directory` then.
     """
     os.umask(0)
     (directory / "trash").mkdir()
     (directory / "diff").mkdir(mode=0o755)
-    with _Tree(directory) as tree:
+    with FileList(directory) as files, _Tree(directory, files) as tree:
         archive = Archive(stream)
         for entry in archive:
             try:
@@ -91,7 +93,8 @@ class _Tree:
     """The tree under construction. Directories get their mode, owner and times at the end: until then they are written
     into, which changes times, and a set-group-id directory would hand its group on."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, files: FileList) -> None:
+        self._files = files
         self._root = _Directory(os.open(directory / "diff", _DIRECTORY_FLAGS), b"")
         self._root_path = _path_of(self._root.fd)
         self._trash = directory / "trash"
@@ -137,7 +140,7 @@ class _Tree:
         for path, attributes in self._directories.items():
             fd = openat2(self._root.fd, path or b".", _DIRECTORY_FLAGS | os.O_NOFOLLOW)
             try:
-                _set_attributes(fd, attributes or _NEW_DIRECTORY)
+                _set_attributes(fd, attributes or _NEW_DIRECTORY, 0o755)
             finally:
                 os.close(fd)
 
@@ -146,12 +149,12 @@ class _Tree:
 
     def _add_directory(self, entry: Entry, parent: _Directory, name: bytes) -> None:
         try:
+            self._make_directory(parent, name)
+        except FileExistsError:
             found = os.stat(name, dir_fd=parent.fd, follow_symlinks=False)
             if not stat.S_ISDIR(found.st_mode):
                 self._replace(parent, name)
                 self._make_directory(parent, name)
-        except FileNotFoundError:
-            self._make_directory(parent, name)
         path = _joined(parent.path, name)
         self._directories[path] = _attributes(entry)
 
@@ -160,6 +163,7 @@ class _Tree:
         os.mkdir(name, 0o755, dir_fd=parent.fd)
         self._count(0)
         path = _joined(parent.path, name)
+        self._files.directory(path)
         self._directories[path] = None
         if path in self._whiteouts:
             self._whiteouts.discard(path)
@@ -167,18 +171,20 @@ class _Tree:
             os.setxattr(self._directory(path).fd, _OPAQUE_XATTR, b"y")
 
     def _add_file(self, entry: Entry, parent: _Directory, name: bytes, data: Iterator[memoryview]) -> None:
+        mode = entry.mode if entry.mode < 0o1000 else 0o600  # a write, or a change of owner, takes the upper bits away
         try:
-            fd = os.open(name, _FILE_FLAGS, 0o600, dir_fd=parent.fd)
+            fd = os.open(name, _FILE_FLAGS, mode, dir_fd=parent.fd)
         except FileExistsError:
             self._replace(parent, name)
-            fd = os.open(name, _FILE_FLAGS, 0o600, dir_fd=parent.fd)
+            fd = os.open(name, _FILE_FLAGS, mode, dir_fd=parent.fd)
         try:
+            path = _joined(parent.path, name)
             if entry.segments is None:
-                for piece in data:
-                    _write(fd, piece)
+                self._files.file(path, entry.size_bytes, _write_all(fd, data))
             else:
                 _write_sparse(fd, entry, data)
-            _set_attributes(fd, _attributes(entry))
+                self._files.sparse_file(path, entry.size_bytes)
+            _set_attributes(fd, _attributes(entry), mode)
         finally:
             os.close(fd)
         self._count(entry.stored_bytes)
@@ -194,6 +200,7 @@ class _Tree:
                     return
                 self._replace(parent, name)
                 os.link(source_name, name, src_dir_fd=source.fd, dst_dir_fd=parent.fd, follow_symlinks=False)
+            self._files.hard_link(_joined(parent.path, name), _joined(source.path, source_name))
         except FileNotFoundError as error:
             raise Error(
                 f"cannot unpack {entry}: its target {os.fsdecode(entry.link)!r} is not in this layer"
@@ -206,6 +213,11 @@ class _Tree:
             self._replace(parent, name)
             _make_special(entry, parent.fd, name)
         self._count(None)
+        path = _joined(parent.path, name)
+        if entry.kind is Kind.SYMLINK:
+            self._files.symlink(path, entry.link)
+        else:
+            self._files.special(path, _SPECIAL[entry.kind])
         os.chown(name, entry.uid, entry.gid, dir_fd=parent.fd, follow_symlinks=False)
         if entry.kind is not Kind.SYMLINK:
             os.chmod(name, entry.mode, dir_fd=parent.fd)
@@ -231,11 +243,13 @@ class _Tree:
                 os.setxattr(self._directory(path).fd, _OPAQUE_XATTR, b"y")
         else:
             self._count(None)
+            self._files.special(path, stat.S_IFCHR)
             self._whiteouts.add(path)
 
     def _replace(self, parent: _Directory, name: bytes) -> None:
         """Takes away what an earlier entry of the same layer put at `name`."""
         found = os.stat(name, dir_fd=parent.fd, follow_symlinks=False)
+        self._files.removed(_joined(parent.path, name))
         if not stat.S_ISDIR(found.st_mode):
             os.unlink(name, dir_fd=parent.fd)
             if found.st_nlink == 1:
@@ -272,13 +286,32 @@ class _Tree:
             return self._root
         known = self._open.get(path)
         if known is None:
+            if (known := self._directory_below_open(path)) is not None:
+                return known
             fd = openat2(self._root.fd, path, _DIRECTORY_FLAGS)
-            if len(self._open) >= _OPEN_DIRECTORIES:
-                self._stale.append(self._open.pop(next(iter(self._open))).fd)
+            self._make_room()
             self._stale.append(fd)  # until it is known where it leads, which fails for paths over PATH_MAX
             known = self._open[path] = _Directory(fd, _path_of(fd)[len(self._root_path) + 1 :])
             self._stale.remove(fd)
         return known
+
+    def _directory_below_open(self, path: bytes) -> _Directory | None:
+        """A directory right below one that is open, where no link is on the way: then its real path is known."""
+        above, _, name = path.rpartition(b"/")
+        parent = self._open.get(above) if above else self._root
+        if parent is None or len(parent.path) + len(name) > _PLAIN_PATH_BYTES:
+            return None
+        try:
+            fd = os.open(name, _DIRECTORY_FLAGS | os.O_NOFOLLOW, dir_fd=parent.fd)
+        except OSError:
+            return None
+        self._make_room()
+        known = self._open[path] = _Directory(fd, _joined(parent.path, name))
+        return known
+
+    def _make_room(self) -> None:
+        if len(self._open) >= _OPEN_DIRECTORIES:
+            self._stale.append(self._open.pop(next(iter(self._open))).fd)
 
     def _make_implied(self, path: bytes, depth: int) -> None:
         """Makes `path` and its parents, through symbolic links whose target is not there yet."""
@@ -419,10 +452,15 @@ def _attributes(entry: Entry) -> _Attributes:
     return _Attributes(entry.mode, entry.uid, entry.gid, entry.mtime_ns, entry.xattrs)
 
 
-def _set_attributes(fd: int, attributes: _Attributes) -> None:
-    """Owner before mode, and both before xattrs: chown takes away set-user-id bits and file capabilities."""
-    os.fchown(fd, attributes.uid, attributes.gid)
-    os.fchmod(fd, attributes.mode)
+def _set_attributes(fd: int, attributes: _Attributes, made_with: int) -> None:
+    """Owner before mode, and both before xattrs: chown takes away set-user-id bits and file capabilities.
+
+    What we have made is root's, with the mode `made_with`: directories hand no group on before they are finished.
+    """
+    if attributes.uid or attributes.gid:
+        os.fchown(fd, attributes.uid, attributes.gid)
+    if attributes.mode != made_with:
+        os.fchmod(fd, attributes.mode)
     for key, value in _wanted_xattrs(attributes.xattrs).items():
         with _unsupported_ignored():
             os.setxattr(fd, key, value)
@@ -444,6 +482,18 @@ def _unsupported_ignored() -> Iterator[None]:
     except OSError as error:
         if error.errno != errno.ENOTSUP:  # the file system has no such xattrs; other runtimes go on as well
             raise
+
+
+_SPECIAL = {Kind.CHARACTER: stat.S_IFCHR, Kind.BLOCK_DEVICE: stat.S_IFBLK, Kind.FIFO: stat.S_IFIFO}
+
+
+def _write_all(fd: int, data: Iterator[memoryview]) -> int:
+    """The checksum of what was written."""
+    checksum = 0
+    for piece in data:
+        _write(fd, piece)
+        checksum = crc32(piece, checksum)
+    return checksum
 
 
 def _write(fd: int, piece: memoryview) -> None:
@@ -473,8 +523,7 @@ def _make_special(entry: Entry, parent: int, name: bytes) -> None:
     elif entry.kind is Kind.FIFO:
         os.mkfifo(name, 0o600, dir_fd=parent)
     else:
-        kind = stat.S_IFCHR if entry.kind is Kind.CHARACTER else stat.S_IFBLK
-        os.mknod(name, kind | 0o600, os.makedev(entry.major, entry.minor), dir_fd=parent)
+        os.mknod(name, _SPECIAL[entry.kind] | 0o600, os.makedev(entry.major, entry.minor), dir_fd=parent)
 
 
 def _same_file(one: int, one_name: bytes, other: int, other_name: bytes) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cri.image_service.decompress import ahead, decompressed
+from cri.image_service.layer_files import find_damage
 from cri.image_service.local_archive import Extent, read
 from cri.image_service.manifest import (
     CONFIG_LIMIT_BYTES,
@@ -28,6 +29,8 @@ from cri.image_service.manifest import (
     parse,
     parse_platform,
 )
+from cri.image_service.pace import Pace
+from cri.image_service.snapshots import unpacked_path
 from cri.image_service.tar import Stream
 from cri.image_service.unpack import Unpacked, remove_tree, sync_filesystem, unpack
 from oci.errors import Error, NotFound
@@ -45,6 +48,7 @@ class Progress:
     def __init__(self, say: Callable[[dict[str, Any]], None]) -> None:
         self.fetched = 0
         self.unpacked = 0
+        self.measure: Callable[[], int] = lambda: 0  # what else moves while work goes on
         self._say = say
         self._over = threading.Event()
         threading.Thread(target=self._report, daemon=True).start()
@@ -54,6 +58,9 @@ class Progress:
 
     def reset(self) -> None:
         self.fetched = self.unpacked = 0
+
+    def count_unpacked(self, size: int) -> None:
+        self.unpacked += size
 
     def counting_fetched(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         for chunk in chunks:
@@ -66,9 +73,9 @@ class Progress:
             yield chunk
 
     def _report(self) -> None:
-        said = (0, 0)
+        said = (0, 0, 0)
         while not self._over.wait(_TICK_S):
-            now = (self.fetched, self.unpacked)
+            now = (self.fetched, self.unpacked, self.measure())
             if now != said:
                 said = now
                 self._say({"progress": {"fetched": now[0], "unpacked": now[1]}})
@@ -131,7 +138,7 @@ def layer(request: Request, progress: Progress) -> dict[str, Any]:
     for at, source in enumerate(request["sources"]):
         registry = _registry(source, session, request)
         try:
-            return _unpacked(request, registry.blob(request["digest"], request["size_bytes"]), progress)
+            return _unpacked(request, _blob(registry, request), progress)
         except Error as error:
             if at == len(request["sources"]) - 1:
                 raise type(error)(_with_earlier(error, failed)) from error
@@ -140,6 +147,21 @@ def layer(request: Request, progress: Progress) -> dict[str, Any]:
         finally:
             registry.close()
     raise NotFound(f"layer {request['digest']} has no place to be asked for")
+
+
+def _blob(registry: "Registry", request: Request) -> Iterator[bytes]:
+    """The blob; what an interrupted pull had of it comes from the disk, and what comes from the registry goes there."""
+    pace = Pace(Path(request["pace"]["path"]), request["pace"]["bytes_per_s"]) if request.get("pace") else None
+    with Path(request["partial"]).open("ab") as partial:
+        start = partial.tell()
+        if start > request["size_bytes"]:  # of no use
+            partial.truncate(start := 0)
+        yield from Extent(Path(partial.name), 0, start).chunks()
+        for chunk in registry.blob(request["digest"], request["size_bytes"], start):
+            partial.write(chunk)
+            yield chunk
+            if pace is not None:
+                pace.wait(len(chunk))
 
 
 def _unpacked(request: Request, chunks: Iterable[bytes], progress: Progress) -> dict[str, Any]:
@@ -157,6 +179,8 @@ def _unpacked(request: Request, chunks: Iterable[bytes], progress: Progress) -> 
         made, trouble = None, error
         _drain(expanded, fetched)
     if compressed.is_whole:
+        if request.get("partial"):  # used up, or wrong: no try after this one shall begin with it
+            Path(request["partial"]).unlink(missing_ok=True)
         compressed.check(f"layer {request['digest'] or request['diff_id']}")
     if trouble is not None and type(trouble) is not Error:
         raise trouble  # the registry's fault, and it says so
@@ -164,8 +188,30 @@ def _unpacked(request: Request, chunks: Iterable[bytes], progress: Progress) -> 
         raise Error(f"layer {request['digest'] or request['diff_id']}: {trouble}") from trouble
     assert made is not None
     plain.check(f"unpacked layer {request['digest'] or request['diff_id']}")
-    sync_filesystem(directory)
-    return {"size_bytes": made.size_bytes, "inodes": made.inodes, "implied": made.implied}
+    facts = {"size_bytes": made.size_bytes, "inodes": made.inodes, "implied": made.implied}
+    unpacked = unpacked_path(directory)
+    new = unpacked.with_suffix(".new")
+    new.write_text(json.dumps({"diff_id": request["diff_id"], **facts}))
+    new.rename(unpacked)
+    return {**facts, "unpacked_bytes": progress.unpacked}
+
+
+def sync(request: Request, progress: Progress) -> dict[str, Any]:
+    """Has everything on the disk that was unpacked before."""
+    progress.measure = _unwritten_bytes
+    sync_filesystem(Path(request["path"]))
+    return {}
+
+
+def _unwritten_bytes() -> int:
+    """What the whole machine has in memory that is not on its disks yet: while that changes, a sync moves on."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return sum(int(fields[name].split()[0]) << 10 for name in ("Dirty", "Writeback"))
+
+
+def verify(request: Request, progress: Progress) -> dict[str, Any]:
+    """What is wrong with a committed layer; "" where it is as it was unpacked."""
+    return {"damage": find_damage(Path(request["directory"]), progress.count_unpacked)}
 
 
 def _drain(*iterators: Iterator[bytes]) -> None:
@@ -233,7 +279,14 @@ def remove(request: Request, progress: Progress) -> dict[str, Any]:
     return {}
 
 
-_VERBS = {"resolve": resolve, "layer": layer, "inspect": inspect, "remove": remove}
+_VERBS = {
+    "resolve": resolve,
+    "layer": layer,
+    "sync": sync,
+    "verify": verify,
+    "inspect": inspect,
+    "remove": remove,
+}
 
 
 def _session(request: Request) -> "Session":
@@ -260,6 +313,8 @@ def _text(content: bytes, subject: str) -> str:
 
 
 def main() -> None:
+    # Wakes no later, but takes the processor from nobody: what the daemon has to answer comes first.
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

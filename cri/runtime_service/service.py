@@ -147,6 +147,8 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
 
         async def create() -> Container:
             pod = self._sandboxes.environment(self._sandboxes.ready(sandbox.id))
+            for image_id in (image.id, *(self._images.resolve(mount.image).id for mount in spec.mounts if mount.image)):
+                await self._images.ensure(image_id)
             to_run = ImageToRun(
                 image.id, _image_ref(image), image.config, self._images.layer_paths(image.id), self._image_mounts(spec)
             )

@@ -18,7 +18,8 @@ import pytest
 import zstandard
 
 from cri.image_service.auth import Credentials
-from cri.image_service.images import Image, Images, ImageSettings, Progress
+from cri.image_service.images import Image, Images, ImageSettings
+from cri.image_service.progress import Progress
 from oci.errors import (
     DeadlineExceeded,
     Error,
@@ -973,8 +974,9 @@ def test_a_daemon_killed_amid_a_pull_leaves_no_worker_and_a_store_that_goes_on(
     )
     command = [sys.executable, "-c", program, str(where.root), str(where.registries_conf), f"{NAME}:1"]
     with subprocess.Popen(command, cwd=Path(__file__).parents[3]) as daemon:
-        first = tmp_path / "images/layers" / layers.digest(BASE).removeprefix("sha256:")
-        wait_until(lambda: registry.asked[f"/v2/team/app/blobs/{held}"] > 0 and first.exists())
+        first = layers.digest(BASE).removeprefix("sha256:")
+        unpacked = f"images/layers/{first}.tmp-*/unpacked.json"
+        wait_until(lambda: registry.asked[f"/v2/team/app/blobs/{held}"] > 0 and any(tmp_path.glob(unpacked)))
         workers = [int(pid) for pid in Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text().split()]
         daemon.kill()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cri.image_service.layer_files import find_damage
 from cri.image_service.tar import Stream
 from cri.image_service.unpack import Unpacked, clean_path, remove_tree, unpack
 from oci.errors import Error
@@ -50,7 +51,8 @@ def unpacked(tmp_path: Path, entries: Entries, tar_format: int = tarfile.PAX_FOR
         result = unpack(Stream([tar(entries, tar_format)]), made)
     finally:
         os.umask(umask)
-    assert names(made) == ["diff"]
+    assert names(made) == ["diff", "files"]
+    assert find_damage(made, lambda _: None) == ""
     return made / "diff", result
 
 

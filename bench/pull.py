@@ -1,0 +1,184 @@
+"""Measures cold pulls from a registry on loopback, beside the distribution's containerd, and where time goes.
+
+Both pull the same image of this machine's own files, in one run, in turn (A B A B), with everything written back
+before each pull. containerd does not wait for unpacked data to be on the disk; we do.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import urllib3
+
+from bench.containerd import PROGRAM, Containerd
+from bench.pull_image import BYTES, FILES, Plain, compressed, plain_layers
+from cri.api.runtime.v1 import api_pb2 as pb
+from cri.image_service.decompress import decompressed
+from tests.e2e.harness.client import Client
+from tests.e2e.harness.daemon import Daemon
+from tests.e2e.harness.registry import Registry, running_registry
+from tests.hugetlb import hugetlb_hierarchy
+
+KINDS = ("gzip", "zstd")
+CHUNK_BYTES = 1 << 18
+PULL_TIMEOUT_S = 600
+
+
+@dataclass
+class Peer:
+    name: str
+    daemon: Daemon | Containerd
+    client: Client
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    if os.geteuid() != 0 or not PROGRAM:
+        print("bench.pull: not run: needs root and containerd", file=sys.stderr)
+        return 2
+    with (
+        tempfile.TemporaryDirectory(prefix="crito-b-", ignore_cleanup_errors=True) as name,
+        hugetlb_hierarchy(),
+        running_registry(Path(name) / "registry") as registry,
+    ):
+        folder = Path(name)
+        print(f"making an image of {arguments.files} files, {arguments.bytes / 1e6:.0f} MB …", file=sys.stderr)
+        layers = plain_layers(folder, arguments.files, arguments.bytes)
+        references = {kind: registry.push(compressed(layers, kind), "bench/pull", kind) for kind in arguments.kinds}
+        peers: list[Peer] = []
+        try:
+            peers = _start(folder, registry)
+            for _ in range(arguments.rounds):
+                for kind, reference in references.items():
+                    for peer in peers:
+                        peer.seconds[kind].append(_cold_pull(peer.client, reference))
+        finally:
+            for peer in peers:
+                peer.daemon.destroy()
+        limits = _limits(folder, layers, registry, references)
+    _print(peers, limits, arguments)
+    if arguments.json:
+        report = {"seconds": {peer.name: peer.seconds for peer in peers}, "limits": limits}
+        arguments.json.write_text(json.dumps(report, indent=1))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bench.pull", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--files", type=int, default=FILES)
+    parser.add_argument("--bytes", type=int, default=BYTES)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--json", type=Path, help="also write all figures there")
+    return parser
+
+
+def _start(folder: Path, registry: Registry) -> list[Peer]:
+    ours = Daemon(folder / "a", {"log": {"level": "info"}})
+    ours.registries_conf.write_text(f'[[registry]]\nlocation = "{registry.host}"\ninsecure = true\n')
+    theirs = Containerd(folder / "b", Path("/usr/bin/runc"), "unused")
+    peers = []
+    for name, daemon in (("crito", ours), ("containerd", theirs)):
+        daemon.start()
+        peers.append(Peer(name, daemon, daemon.client()))
+    return peers
+
+
+def _cold_pull(client: Client, reference: str) -> float:
+    _settle()
+    began = time.perf_counter()
+    client.pull(reference, PULL_TIMEOUT_S)
+    seconds = time.perf_counter() - began
+    client.images.RemoveImage(pb.RemoveImageRequest(image=pb.ImageSpec(image=reference)), timeout=PULL_TIMEOUT_S)
+    _settle()  # what removes the layers in the background is at work before the next pull is timed
+    time.sleep(3)
+    return seconds
+
+
+def _settle() -> None:
+    os.sync()
+
+
+def _limits(
+    folder: Path, layers: Sequence[Plain], registry: Registry, references: dict[str, str]
+) -> dict[str, dict[str, float]]:
+    """Seconds that each phase takes alone, with nothing else to do, on all cores."""
+    limits: dict[str, dict[str, float]] = {}
+    for kind in references:
+        blobs = _blobs(registry, kind)
+        began = time.perf_counter()
+        with ThreadPoolExecutor(4) as pool:
+            contents = list(pool.map(lambda digest: _fetch(registry, digest), blobs))
+        network = time.perf_counter() - began
+        limits[kind] = {"network": network, "decompress": _decompress_all(contents)}
+    limits["both"] = {"unpack (tar -x), synced": _tar_all(folder / "tar", layers)}
+    return limits
+
+
+def _blobs(registry: Registry, kind: str) -> list[str]:
+    headers = {"Accept": "application/vnd.oci.image.manifest.v1+json"}
+    answer = urllib3.request("GET", f"http://{registry.host}/v2/bench/pull/manifests/{kind}", headers=headers)
+    return [layer["digest"] for layer in answer.json()["layers"]]
+
+
+def _fetch(registry: Registry, digest: str) -> bytes:
+    return urllib3.request("GET", f"http://{registry.host}/v2/bench/pull/blobs/{digest}").data
+
+
+def _decompress_all(contents: Sequence[bytes]) -> float:
+    """In threads: the decompressors let go of the interpreter's lock."""
+
+    def expand(content: bytes) -> None:
+        chunks = (content[at : at + CHUNK_BYTES] for at in range(0, len(content), CHUNK_BYTES))
+        for _ in decompressed(chunks):
+            pass
+
+    began = time.perf_counter()
+    threads = [threading.Thread(target=expand, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - began
+
+
+def _tar_all(folder: Path, layers: Sequence[Plain]) -> float:
+    _settle()
+    began = time.perf_counter()
+    processes = []
+    for at, layer in enumerate(layers):
+        target = folder / str(at)
+        target.mkdir(parents=True)
+        processes.append(subprocess.Popen(["tar", "-xf", str(layer.path), "-C", str(target)]))
+    for process in processes:
+        process.wait()
+    _settle()
+    return time.perf_counter() - began
+
+
+def _print(peers: list[Peer], limits: dict[str, dict[str, float]], arguments: argparse.Namespace) -> None:
+    ours, theirs = peers
+    print(f"cold pull, {arguments.rounds} rounds in turn; medians, s")
+    print(f"{'':44}{ours.name:>12}{theirs.name:>12}{'ratio':>8}")
+    for kind in arguments.kinds:
+        first, second = statistics.median(ours.seconds[kind]), statistics.median(theirs.seconds[kind])
+        print(f"{kind:44}{first:12.2f}{second:12.2f}{first / second:8.2f}")
+    print("each phase alone, on all cores, s")
+    for kind, phases in limits.items():
+        for phase, seconds in phases.items():
+            print(f"{kind + ': ' + phase:44}{seconds:12.2f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
