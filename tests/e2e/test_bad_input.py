@@ -357,7 +357,7 @@ def test_a_cni_plugin_that_hangs_is_ended_at_its_deadline(daemon: Daemon, client
 
 
 def test_a_cleanup_that_fails_is_tried_again_until_it_is_done(daemon: Daemon, client: Client, fakes: Path) -> None:
-    threading.Timer(1.0, (fakes / "mended").touch).start()
+    threading.Timer(3.0, (fakes / "mended").touch).start()
 
     with network_of(daemon, client, "fails-for-a-while"), fails((Code.INTERNAL, Code.UNAVAILABLE), "no luck today"):
         client.run_pod("network")

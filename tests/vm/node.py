@@ -1,8 +1,11 @@
 """The virtual machine as a node: Crito's unit as it is installed, the default directories, the CNI network we ship."""
 
 import os
+import re
 import shutil
 import subprocess
+import sysconfig
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,28 @@ def install(registry: str) -> None:
     Path("/etc/crito/crito.toml").write_text('[network]\nplugin_dirs = ["/opt/cni/bin", "/usr/lib/cni"]\n')
     Path("/etc/containers/registries.conf").write_text(f'[[registry]]\nlocation = "{registry}"\ninsecure = true\n')
     systemctl("daemon-reload")
+
+
+def settle_packages() -> None:
+    """Copy what the daemon imports to the machine's own disk: at boot the service starts before folders are shared."""
+    home = Path(sysconfig.get_path("purelib"))
+    names, seen = ["crito"], set[str]()
+    while names:
+        name = names.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            found = metadata.distribution(name)
+        except metadata.PackageNotFoundError:  # for other Pythons or systems
+            continue
+        names += [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in found.requires or [] if "extra ==" not in line]
+        for file in {each.parts[0] for each in found.files or [] if each.parts[0] not in ("..", "__pycache__")}:
+            source = Path(str(found.locate_file(file)))
+            if source.is_dir():
+                shutil.copytree(source, home / file, dirs_exist_ok=True)
+            elif source.suffix != ".pth" and not source.name.startswith("__editable__"):
+                shutil.copy(source, home)
 
 
 def configure_unit(text: str) -> None:

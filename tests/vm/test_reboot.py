@@ -32,6 +32,7 @@ def _before(directory: Path) -> None:
     with running_registry(directory) as registry:
         image = registry.push(busybox_image(), "test/busybox", "1")
         node.install(registry.host)
+        node.settle_packages()
         node.systemctl("enable", "--now", "crito.service")
         client = node.connected()
         client.pull(image)
