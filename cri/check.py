@@ -17,12 +17,13 @@ from pathlib import Path
 
 from cri.config import CgroupDriver, Config, RuntimeHandler
 from cri.config_reader import EXECUTABLE_DIRS, PAUSE_PROGRAMS, find_executable
+from cri.runtimes import runtime_of
 from oci.errors import Error
 from oci.linux import cgroup, lsm, mount, syscalls
 from oci.linux.cgroup import Cgroups, Version
 from oci.linux.node import Node
 from oci.linux.node import detect as detect_node
-from oci.runtime import Canary, Runtime
+from oci.runtime import Canary
 from sandbox.network.conflist import read_directory
 from sandbox.network.plugin import Plugins
 
@@ -239,7 +240,7 @@ async def _canary(name: str, handler: RuntimeHandler, config: Config) -> tuple[s
     """The runtime's version and whether it can run a container, in directories that do not stay."""
     driver = cgroup.Driver(config.runtime.cgroup_driver)
     with tempfile.TemporaryDirectory(prefix="crito-check-", dir=_existing(config.crito.root)) as directory:
-        runtime = Runtime(name, handler.path, Path(directory) / "state", driver)
+        runtime = runtime_of(name, handler, Path(directory) / "state", driver)
         canary = await runtime.canary(Path(directory), cgroup.check_parent(driver, ""))
         version = "?"
         with contextlib.suppress(Error):

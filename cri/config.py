@@ -133,6 +133,32 @@ class RuntimeHandler:
         (),
         "Annotations of pods and containers that the OCI runtime gets: exact names, or prefixes that end in *.",
     )
+    default_annotations: tuple[tuple[str, str], ...] = setting(
+        kinds.ENVIRONMENT,
+        (),
+        'Annotations, as "NAME=VALUE", that the OCI runtime gets with every container; allowed ones of the pod win.',
+    )
+    runtime_args: tuple[str, ...] = setting(
+        kinds.TEXTS,
+        (),
+        'Options of the OCI runtime that precede each of its commands, such as "--config=/etc/kata/qemu.toml".',
+    )
+    no_pivot: bool = setting(
+        kinds.FLAG,
+        False,
+        "Have the OCI runtime move the root file system instead of pivoting it, for hosts whose root is a ramdisk. Less"
+        " safe: what the host has mounted can be laid bare.",
+    )
+    seccomp_profile: Path | None = setting(
+        kinds.OPTIONAL_PATH,
+        None,
+        "JSON file of this handler's seccomp profile RuntimeDefault; empty: as runtime.seccomp_profile.",
+    )
+    container_create_timeout: float = setting(
+        kinds.DURATION,
+        0.0,
+        "As runtime.container_create_timeout, for this handler: one that boots a machine needs more; 0: as there.",
+    )
     privileged_without_host_devices: bool = setting(
         kinds.FLAG, False, "A privileged container sees the usual devices only, not all of the host's."
     )

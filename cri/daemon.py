@@ -40,6 +40,7 @@ from cri.runtime_service.metrics import PodMetrics
 from cri.runtime_service.service import RuntimeService
 from cri.runtime_service.stats import Stats
 from cri.runtime_service.status import Health, RuntimeStatus, disk_health
+from cri.runtimes import runtime_of
 from cri.server import Server
 from cri.streaming.client import Streams
 from cri.streaming.settings import StreamSettings
@@ -430,7 +431,7 @@ async def _locked(root: Path, run_dir: Path) -> AsyncIterator[None]:
 async def _handlers(config: Config, here: node.Node) -> Handlers:
     driver = _driver(config)
     runtimes = {
-        name: Runtime(name, handler.path, handler.root, driver) for name, handler in config.runtime.handlers.items()
+        name: runtime_of(name, settings, settings.root, driver) for name, settings in config.runtime.handlers.items()
     }
     built, unusable = [], {}
     for name, runtime in runtimes.items():
@@ -455,24 +456,39 @@ async def _handlers(config: Config, here: node.Node) -> Handlers:
                 settings.allowed_annotations,
                 settings.privileged_without_host_devices,
                 procs,
+                dict(settings.default_annotations),
+                settings.container_create_timeout,
+                _seccomp(settings.seccomp_profile, f"runtime.handlers.{name}.seccomp_profile"),
             )
         )
     usable = {handler.name: handler.runtime for handler in built}
     return Handlers(built, await default_handler(config, usable), unusable)
 
 
+def _seccomp(profile: Path | None, key: str) -> Mapping[str, Any] | None:
+    """A seccomp profile by its file. Raises InvalidArgument for one that cannot be read."""
+    if profile is None:
+        return None
+    try:
+        said = json.loads(profile.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InvalidArgument(f"{key} {profile}: {error}") from error
+    if not isinstance(said, dict):
+        raise InvalidArgument(f"{key} {profile}: not a JSON object")
+    return said
+
+
 def _defaults(config: Config) -> Defaults:
     """What containers get by configuration. Raises InvalidArgument for a seccomp profile that cannot be read."""
     runtime = config.runtime
-    profile = runtime.seccomp_profile
+    seccomp = _seccomp(runtime.seccomp_profile, "runtime.seccomp_profile")
     try:
-        seccomp = json.loads(profile.read_bytes()) if profile else None
         limits = [
             node.permitted(node.Rlimit(f"RLIMIT_{limit.name.upper()}", limit.soft, limit.hard))
             for limit in runtime.default_ulimits
         ]
     except (OSError, ValueError) as error:
-        raise InvalidArgument(f"runtime.seccomp_profile {profile} or runtime.default_ulimits: {error}") from error
+        raise InvalidArgument(f"runtime.default_ulimits: {error}") from error
     return Defaults(runtime.default_capabilities, runtime.default_env, tuple(limits), seccomp)
 
 

@@ -254,10 +254,11 @@ class Containers:
                 tty=spec_.tty,
                 stdin=spec_.stdin,
                 stdin_once=spec_.stdin_once,
+                create_options=handler.runtime.create_options,
                 cgroup_procs=handler.monitor_cgroup_procs,
             )
         )
-        init = await container.monitor.create(settings.create_timeout_s)
+        init = await container.monitor.create(self._create_timeout_s(container))
         now = self._clock.now()
         await self._set(container, status.with_creation(container.record.status, now, init.pid, init.start_time))
         self._watch(container)
@@ -297,11 +298,11 @@ class Containers:
                 volumes=self._rootfs.make_volumes(id, image.config.volumes, mounted, shift=shift),
                 image_mounts=self._image_volumes.mount(id, image.volumes),
                 target_pid_ns=target_pid_ns,
-                annotations=handler.allowed({**pod.annotations, **wanted.annotations}),
+                annotations=handler.annotations({**pod.annotations, **wanted.annotations}),
             ),
             host=found,
             features=handler.features,
-            defaults=self._settings.defaults,
+            defaults=self._defaults(handler),
         )
         return user, config
 
@@ -340,7 +341,7 @@ class Containers:
             now = self._clock.now()
             started = status.with_start(container.record.status, now)
             try:
-                await _monitor(container).start(self._settings.create_timeout_s)
+                await _monitor(container).start(self._create_timeout_s(container))
             except Error as error:
                 if not await self._has_started(container):
                     await self._set(container, status.with_failed_start(container.record.status, now, str(error)))
@@ -650,6 +651,14 @@ class Containers:
                 os.close(container.pidfd)
 
     # Small steps
+
+    def _defaults(self, handler: Handler) -> spec.Defaults:
+        defaults = self._settings.defaults
+        return defaults if handler.seccomp is None else replace(defaults, seccomp=handler.seccomp)
+
+    def _create_timeout_s(self, container: Container) -> float:
+        handler = self._handlers.find(container.record.runtime_handler)
+        return (handler and handler.create_timeout_s) or self._settings.create_timeout_s
 
     def _hold_images(self, record: ContainerRecord) -> None:
         for holder, image_id in _holders(record):

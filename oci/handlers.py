@@ -1,7 +1,8 @@
 """Runtime handlers: the OCI runtimes by the names that RuntimeClasses give them, with what each can and may do."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from oci.errors import InvalidArgument, Unavailable
 from oci.runtime import Runtime
@@ -18,10 +19,13 @@ class Handler:
     allowed_annotations: tuple[str, ...] = ()  # names, or prefixes that end in *
     privileged_without_host_devices: bool = False
     monitor_cgroup_procs: tuple[str, ...] = ()  # files that a monitor writes its pid into
+    default_annotations: Mapping[str, str] = field(default_factory=dict)
+    create_timeout_s: float = 0.0  # of the runtime's create and start; 0 is what holds for all handlers
+    seccomp: Mapping[str, Any] | None = None  # the profile RuntimeDefault; None is what holds for all handlers
 
-    def allowed(self, annotations: Mapping[str, str]) -> dict[str, str]:
-        """Those of a pod's or container's annotations that the OCI runtime may see."""
-        return {name: value for name, value in annotations.items() if self._allows(name)}
+    def annotations(self, asked: Mapping[str, str]) -> dict[str, str]:
+        """What the OCI runtime sees: the handler's own, over them those of pod and container that it may see."""
+        return {**self.default_annotations, **{name: value for name, value in asked.items() if self._allows(name)}}
 
     def _allows(self, name: str) -> bool:
         return any(

@@ -52,12 +52,20 @@ class Runtime:
     """One configured runtime. Every command ends at its deadline; its error is the runtime's own last words."""
 
     def __init__(
-        self, name: str, path: Path, root: Path, driver: cgroup.Driver, *, arguments: Sequence[str] = ()
+        self,
+        name: str,
+        path: Path,
+        root: Path,
+        driver: cgroup.Driver,
+        *,
+        arguments: Sequence[str] = (),
+        create_options: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.path = path
         self.root = root
         self.driver = driver
+        self.create_options = tuple(create_options)  # of the commands that make a container
         self._arguments = tuple(arguments)
 
     @property
@@ -128,7 +136,7 @@ class Runtime:
         cgroups_path = cgroup.runtime_path(self.driver, cgroup_parent, id)
         try:
             await asyncio.to_thread(_write_canary, bundle, cgroups_path)
-            await self._output([*self.argv, "run", "--bundle", str(bundle), id], timeout_s)
+            await self._output([*self.argv, "run", *self.create_options, "--bundle", str(bundle), id], timeout_s)
             return Canary(True, "", time.monotonic() - began)
         except (Error, OSError) as error:
             return Canary(False, f"{self.path}: cannot run a container: {error}", time.monotonic() - began)
