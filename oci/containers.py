@@ -10,20 +10,22 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from oci import cdi, cdi_edits, host, spec, status
+from oci import cdi, cdi_edits, checkpoint_archive, checkpoint_worker, criu, host, spec, status
 from oci.background import Background, until_done, with_last_repeated
 from oci.bundle import Bundles
 from oci.cdi import Cdi
 from oci.cdi_edits import Edits
+from oci.checkpoint_archive import Checkpoint
 from oci.clock import Clock
 from oci.container import Container, ContainerRecord
 from oci.container_spec import ContainerId, ContainerSpec, NamespaceMode, PodEnvironment, Resources, SandboxId
+from oci.criu import Criu
 from oci.errors import (
     AlreadyExists,
     DeadlineExceeded,
@@ -42,11 +44,14 @@ from oci.image_volumes import ImageMount, ImageVolumes
 from oci.linux import cgroup, passwd, proc, tree
 from oci.linux.node import Node
 from oci.monitor_client import (
+    DEFAULT_ENVIRONMENT,
     ExecResult,
     ExitRecord,
     ForkServer,
+    InitProcess,
     Monitor,
     MonitorRequest,
+    forget_orphan_exits,
     read_exit_record,
     wait_orphan_exit,
 )
@@ -61,6 +66,7 @@ DEFAULT_STOP_SIGNAL = "SIGTERM"
 DELETE_TIMEOUT_S = 15.0  # of the OCI runtime's delete
 END_TIMEOUT_S = 5.0  # for processes that were killed to leave their cgroup
 DISCARD_WAIT_S = 5.0  # how long a failed CreateContainer waits for its own cleanup before it answers
+UNRESTORED_POLL_S = 0.2  # a restore that nobody waits for any more
 KILL_RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # after SIGKILL, until the kernel lets the process go
 
 
@@ -94,6 +100,7 @@ class ContainerSettings:
     cdi_spec_dirs: tuple[Path, ...]  # descriptions of devices; the later ones count first
     hooks_dirs: tuple[Path, ...]  # OCI hooks; the later ones count first
     defaults: spec.Defaults
+    criu_path: Path | None = None  # None looks where programs are
 
 
 class Containers:
@@ -114,6 +121,7 @@ class Containers:
     ) -> None:
         self._settings = settings
         self.cdi = Cdi(settings.cdi_spec_dirs)
+        self.criu = Criu(settings.criu_path)
         self._hook_files = HookFiles(settings.hooks_dirs)
         self._records = records
         self._handlers = handlers
@@ -178,8 +186,14 @@ class Containers:
         pod: PodEnvironment,
         image: ImageToRun,
         handler: Handler,
+        checkpoint: Checkpoint | None = None,
     ) -> Container:
-        """Make a container that is ready to start. On any error nothing of it stays."""
+        """Make a container that is ready to start. On any error nothing of it stays.
+
+        With a checkpoint its processes are those of the checkpoint; they go on when it is started.
+        """
+        if checkpoint is not None:
+            await self._require_restore(wanted, handler)
         id = ContainerId(secrets.token_hex(32))
         record = ContainerRecord(
             id=id,
@@ -195,6 +209,7 @@ class Containers:
             rootfs=str(self._rootfs.path(id)),
             requested_at=self._clock.now(),
             status=status.ContainerStatus(resources=wanted.resources),
+            restored_from=str(checkpoint.source) if checkpoint is not None else "",
         )
         existing = self._named(record)
         if existing is not None:
@@ -203,7 +218,7 @@ class Containers:
         container = self._by_id[id] = Container(record)
         self._by_name[record.full_name] = id
         try:
-            await self._make(container, pod, image)
+            await self._make(container, pod, image, checkpoint)
         except Exception:  # a cancelled one is left to the next start, which finds its record
             self._forget_name(record)
             self._background.start(self._discard(container), f"discard container {container.id}")
@@ -228,8 +243,10 @@ class Containers:
             f" {id} is called so and is {existing.state}"
         )
 
-    async def _make(self, container: Container, pod: PodEnvironment, image: ImageToRun) -> None:
-        id, settings, spec_ = container.id, self._settings, container.record.spec
+    async def _make(
+        self, container: Container, pod: PodEnvironment, image: ImageToRun, checkpoint: Checkpoint | None
+    ) -> None:
+        id, spec_ = container.id, container.record.spec
         devices = await self._devices(spec_)
         await self._records.put(id, container.record)
         self._hold_images(container.record)
@@ -240,9 +257,25 @@ class Containers:
         config = cdi_edits.edited(config, devices, idmap_mounts=handler.features.idmap_mounts)
         config = await self._pooled(self._hook_files.inject, config, *_asked_of_hooks(pod, spec_))
         container.record = replace(container.record, user=user)
+        if checkpoint is not None:
+            config = checkpoint.applied_to(config)
         adjusted = await self.hooks.creating(container, config)
         container.record = self._with_adjustments(container.record, adjusted)
         await self._pooled(self._write, container.record, adjusted.config)
+        if checkpoint is not None:
+            await self._unpack(container, checkpoint, pod, adjusted.config)
+            await self._set(container, status.with_creation(container.record.status, self._clock.now(), 0, 0))
+            return
+        init = await self._begin(container, handler, ("create",), DEFAULT_ENVIRONMENT)
+        now = self._clock.now()
+        await self._set(container, status.with_creation(container.record.status, now, init.pid, init.start_time))
+        self._watch(container)
+
+    async def _begin(
+        self, container: Container, handler: Handler, command: tuple[str, ...], environment: Mapping[str, str]
+    ) -> InitProcess:
+        """Give the container a monitor, and let it run the OCI runtime's command that makes the init process."""
+        id, settings, spec_ = container.id, self._settings, container.record.spec
         container.monitor = await self._fork_server.spawn_monitor(
             MonitorRequest(
                 container_id=id,
@@ -254,14 +287,13 @@ class Containers:
                 tty=spec_.tty,
                 stdin=spec_.stdin,
                 stdin_once=spec_.stdin_once,
+                create_command=command,
                 create_options=handler.runtime.create_options,
                 cgroup_procs=handler.monitor_cgroup_procs,
+                environment=environment,
             )
         )
-        init = await container.monitor.create(self._create_timeout_s(container))
-        now = self._clock.now()
-        await self._set(container, status.with_creation(container.record.status, now, init.pid, init.start_time))
-        self._watch(container)
+        return await container.monitor.create(self._create_timeout_s(container))
 
     async def _devices(self, wanted: ContainerSpec) -> Edits:
         """What the container's CDI devices ask for; found before anything is made for it."""
@@ -331,12 +363,85 @@ class Containers:
             raise FailedPrecondition(f"namespace_options.target_id: {security.target_id!r} is {target.state}")
         return f"/proc/{target.record.status.pid}/ns/pid"
 
+    # Restore from a checkpoint
+
+    async def _require_restore(self, wanted: ContainerSpec, handler: Handler) -> None:
+        await self.criu.require()
+        if not await handler.runtime.can_checkpoint():
+            raise FailedPrecondition(
+                f"runtime_handler: {handler.name!r} ({handler.runtime.path}) restores no checkpoints; runc does"
+            )
+        if wanted.security.user_namespace is not None:
+            raise FailedPrecondition("userns_options: CRIU cannot restore into a pod's user namespace")
+
+    async def _unpack(
+        self, container: Container, checkpoint: Checkpoint, pod: PodEnvironment, config: dict[str, Any]
+    ) -> None:
+        record = container.record
+        await checkpoint_archive.call(
+            "unpack",
+            self._settings.create_timeout_s,
+            f"checkpoint {checkpoint.source}",
+            source=str(checkpoint.source),
+            staging=str(self._checkpoint(record.id)),
+            hostname=pod.hostname,
+            rootfs=record.rootfs,
+            volumes={**self._rootfs.volumes_in(record.id, config), **checkpoint_archive.shared_memory(config)},
+            log=record.log_path,
+        )
+
+    def _checkpoint(self, id: ContainerId) -> Path:
+        """Where a restored container's checkpoint lies until it has been started; goes with the writable layer."""
+        return self._rootfs.writable_layer(id).parent / "restore"
+
+    async def _go_on(self, container: Container) -> None:
+        """Let CRIU bring back a checkpoint's processes; a failure is an end, as that of any start."""
+        async with container.lock:
+            now = self._clock.now()
+            started = status.with_start(container.record.status, now)
+            try:
+                init = await self._bring_back(container)
+            except Error as error:
+                await self._set(container, status.with_failed_start(container.record.status, now, str(error)))
+                self._background.start(self._end_unrestored(container), f"end container {container.id}")
+                raise
+            await self._set(container, replace(started, pid=init.pid, pid_start_time=init.start_time))
+            self._watch(container)
+            self._publish(EventKind.STARTED, container)
+        await self._pooled(tree.remove, self._checkpoint(container.id))
+
+    async def _bring_back(self, container: Container) -> InitProcess:
+        handler = self._handlers.resolve(container.record.runtime_handler)
+        staging = self._checkpoint(container.id)
+        command = handler.runtime.restore_command(staging / checkpoint_worker.IMAGES, staging)
+        try:
+            return await self._begin(container, handler, command, self.criu.environment)
+        except Error as error:
+            said = await self._pooled(criu.complaints, staging / "restore.log")
+            raise type(error)(f"{error}; CRIU says: {said}") from error
+
+    async def _end_unrestored(self, container: Container) -> None:
+        """A container that never had a process, as far as anybody knows: whatever may be left of it goes."""
+        monitor = container.monitor
+        with contextlib.suppress(Error):
+            # Another process's state, so it is asked again; the monitor's own patience ends this.
+            while monitor is not None and (await monitor.status()).state == "creating":  # noqa: ASYNC110
+                await asyncio.sleep(UNRESTORED_POLL_S)
+        container.exited.set()
+        self._publish(EventKind.STOPPED, container)
+        await self.hooks.stopped(container)
+        await self._released(container)
+
     # Start
 
     async def start(self, container: Container) -> None:
         """Let the container's process run. A failed start is an end: EXITED, with the OCI runtime's own words."""
         status.with_start(container.record.status, 0)  # what cannot be started is refused before anybody is told
         await self.hooks.starting(container)
+        await (self._go_on(container) if container.record.restored_from else self._start(container))
+        await self.hooks.started(container)
+
+    async def _start(self, container: Container) -> None:
         async with container.lock:
             now = self._clock.now()
             started = status.with_start(container.record.status, now)
@@ -349,7 +454,6 @@ class Containers:
                     raise
             await self._set(container, started)
             self._publish(EventKind.STARTED, container)
-        await self.hooks.started(container)
 
     async def _has_started(self, container: Container) -> bool:
         """Whether the OCI runtime has started it for a daemon that died before it could write that down."""
@@ -390,8 +494,8 @@ class Containers:
         for pause_s in with_last_repeated(KILL_RETRY_S):
             if container.exited.is_set():
                 return
-            if container.state is ContainerState.UNKNOWN or container.record.status.pid == 0:
-                await self._end_unknown(container)
+            has_process = container.state is not ContainerState.UNKNOWN and container.record.status.pid
+            if not has_process and await self._end_without_process(container):
                 return
             self._kill(container, signal.SIGKILL)
             try:
@@ -399,16 +503,23 @@ class Containers:
             except TimeoutError:
                 await self._explain_survivor(container)
 
-    async def _end_unknown(self, container: Container) -> None:
-        """End whatever stands behind a record that could not be read: the OCI runtime knows the id."""
+    async def _end_without_process(self, container: Container) -> bool:
+        """End whatever stands behind a record that could not be read, or a checkpoint that was never started.
+
+        The OCI runtime knows the id. False when a start has given the container a process meanwhile.
+        """
         async with container.lock:
+            if container.record.status.pid and container.state is not ContainerState.UNKNOWN:
+                return False
+            unreadable = "stopped; its record was unreadable"
+            message = unreadable if container.state is ContainerState.UNKNOWN else "stopped before it was started"
             await self._release_parts(container)
-            ended = status.with_lost_exit(
-                container.record.status, self._clock.now(), status.REASON_ERROR, "stopped; its record was unreadable"
-            )
+            ended = status.with_lost_exit(container.record.status, self._clock.now(), status.REASON_ERROR, message)
             await self._set(container, replace(ended, is_unknown=False))
         container.exited.set()
+        self._publish(EventKind.STOPPED, container)
         await self._released(container)
+        return True
 
     async def _explain_survivor(self, container: Container) -> None:
         stat = await self._pooled(proc.stat, container.record.status.pid)
@@ -541,6 +652,12 @@ class Containers:
     def _unmount(self, id: ContainerId) -> None:
         self._image_volumes.unmount(id)
         self._rootfs.unmount(id)
+        forget_orphan_exits(self._settings.run_dir.parent, self._running())
+
+    def _running(self) -> list[tuple[int, int]]:
+        """Pid and start time of every init whose end is still to be heard of."""
+        alive = [each.record.status for each in list(self._by_id.values()) if not each.exited.is_set()]
+        return [(each.pid, each.pid_start_time) for each in alive if each.pid]
 
     async def _discard(self, container: Container) -> None:
         """Take away what a failed create has left."""
@@ -637,9 +754,20 @@ class Containers:
             container.monitor = await Monitor.connect(self._settings.run_dir / container.id)
         except Unavailable as error:
             _log.info("container %s has no monitor: %s", container.id, error)
+        if container.record.status.pid == 0:
+            await self._restore_unstarted(container)
+            return
         if container.state is ContainerState.CREATED and await self._has_started(container):
             await self._set(container, status.with_start(container.record.status, self._clock.now()))
         self._watch(container)
+
+    async def _restore_unstarted(self, container: Container) -> None:
+        """A checkpoint's container: to be started as before, unless the daemon ended while it was being started."""
+        if container.monitor is None:
+            return
+        message = "the daemon ended while the container's checkpoint was being restored"
+        await self._set(container, status.with_failed_start(container.record.status, self._clock.now(), message))
+        self._background.start(self._end_unrestored(container), f"end container {container.id}")
 
     async def close(self) -> None:
         """Let go of everything; containers and monitors go on."""

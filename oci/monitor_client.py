@@ -17,7 +17,7 @@ import socket
 import struct
 import sys
 import termios
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,6 +85,7 @@ class MonitorRequest:
     tty: bool = False
     stdin: bool = False
     stdin_once: bool = False
+    create_command: tuple[str, ...] = ("create",)  # or the one that restores a checkpoint, with its options
     create_options: tuple[str, ...] = ()  # such as "--no-pivot"
     cgroup_procs: tuple[str, ...] = ()  # cgroup.procs files that take the monitor
     oom_score_adj: int = -999  # raised to what the kernel permits; what the monitor starts does not inherit it
@@ -406,6 +407,7 @@ class ForkServer:
                 "tty": request.tty,
                 "stdin": request.stdin,
                 "stdin_once": request.stdin_once,
+                "create_command": list(request.create_command),
                 "create_options": list(request.create_options),
                 "cgroup_procs": list(request.cgroup_procs),
                 "oom_score_adj": request.oom_score_adj,
@@ -833,6 +835,14 @@ def read_exit_record(directory: Path) -> ExitRecord | None:
 def read_orphan_exit(run_dir: Path, pid: int, start_time: int) -> OrphanExit | None:
     """How a process ended whose monitor had died before it; None if the fork server has not seen that."""
     return _read(run_dir / ORPHANS / f"{pid}-{start_time}.json", OrphanExit)
+
+
+def forget_orphan_exits(run_dir: Path, kept: Collection[tuple[int, int]]) -> None:
+    """Remove the exits of processes, by pid and start time, that nobody will ask about any more."""
+    names = {f"{pid}-{start_time}.json" for pid, start_time in kept}
+    for path in (run_dir / ORPHANS).glob("*.json"):
+        if path.name not in names:
+            path.unlink(missing_ok=True)
 
 
 def read_pod_process(pin_dir: Path) -> PodProcess | None:
