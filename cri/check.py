@@ -18,7 +18,9 @@ from pathlib import Path
 from cri.config import CgroupDriver, Config, RuntimeHandler
 from cri.config_reader import EXECUTABLE_DIRS, PAUSE_PROGRAMS, find_executable
 from cri.runtimes import runtime_of
+from oci.cdi import Cdi
 from oci.errors import Error
+from oci.hook_files import HookFiles
 from oci.linux import cgroup, lsm, mount, syscalls
 from oci.linux.cgroup import Cgroups, Version
 from oci.linux.node import Node
@@ -92,6 +94,7 @@ def examine(config: Config) -> Iterator[Finding]:
     yield _overlay(config.crito.root)
     yield from _cgroups(cgroups, config.runtime.cgroup_driver)
     yield from _runtimes(config)
+    yield from _described(config)
     yield from _pause(config)
     yield from _network(config)
     yield from _security(node)
@@ -246,6 +249,17 @@ async def _canary(name: str, handler: RuntimeHandler, config: Config) -> tuple[s
         with contextlib.suppress(Error):
             version = await runtime.version()
     return version, canary
+
+
+def _described(config: Config) -> Iterator[Finding]:
+    """The files by which vendors and administrators have a say in containers."""
+    for name, weight, files, meaning in (
+        ("CDI devices", Weight.SOME, Cdi(config.runtime.cdi_spec_dirs), "pods that ask for these devices are refused"),
+        ("OCI hooks", Weight.REQUIRED, HookFiles(config.runtime.hooks_dir), "every container is refused until then"),
+    ):
+        unusable = files.unusable()
+        seen = "; ".join(f"{path}: {why}" for path, why in unusable.items())
+        yield Finding(name, not unusable, weight, seen or "every file can be used", f"mend or remove it: {meaning}")
 
 
 def _pause(config: Config) -> Iterator[Finding]:

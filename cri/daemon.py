@@ -52,6 +52,7 @@ from oci.containers import Containers, ContainerSettings
 from oci.errors import Error, FailedPrecondition, InvalidArgument, Unavailable
 from oci.events import Bus, Event, EventKind
 from oci.handlers import Handler, Handlers
+from oci.hook_files import HookFiles
 from oci.image_volumes import ImageVolumes
 from oci.linux import cgroup, lsm, node
 from oci.linux.systemd import Systemd
@@ -75,6 +76,7 @@ FINISH_S = 10.0
 MOUNT_THREADS = 8
 STATS_THREADS = 2
 CANARY_RETRY_S = 30.0
+HOOKS_LOOK_S = 5.0
 
 
 async def run(config: Config, ready: Callable[[], None] | None = None) -> None:
@@ -142,6 +144,7 @@ class Daemon:
         self._mounts = mounts
         self._changes = Changes()
         self._runtime_health = Health()
+        self._hooks_health = Health()
         self._started_at = time.time()
         self._server: Server | None = None
 
@@ -164,7 +167,8 @@ class Daemon:
         """Answer on the socket, and start what goes on beside it."""
         self._runtime_health = await self._canary()
         early = start_early(self._streams)
-        for work in (early, self._follow_events(), self._watch_runtime(), systemd.keep_alive(self._is_well)):
+        keep_alive = systemd.keep_alive(self._is_well)
+        for work in (early, self._follow_events(), self._watch_runtime(), self._watch_hooks(), keep_alive):
             stack.push_async_callback(_cancelled, asyncio.create_task(work))
         self._layers.start()
         stack.push_async_callback(self._layers.close)
@@ -235,6 +239,8 @@ class Daemon:
     def _health(self) -> Health:
         if not self._runtime_health.is_ready:
             return self._runtime_health
+        if not self._hooks_health.is_ready:
+            return self._hooks_health
         crito = self._config.crito
         return disk_health({"crito.root": crito.root, "crito.run_dir": crito.run_dir})
 
@@ -252,6 +258,17 @@ class Daemon:
             await asyncio.sleep(CANARY_RETRY_S)
             if not self._runtime_health.is_ready:
                 self._runtime_health = await self._canary()
+
+    async def _watch_hooks(self) -> None:
+        """No container is made beside a file of OCI hooks that is wrong: the node says so until it is mended."""
+        files = HookFiles(self._config.runtime.hooks_dir)
+        while True:
+            wrong = await asyncio.to_thread(files.unusable)
+            message = "; ".join(f"OCI hook {path}: {why}" for path, why in wrong.items())
+            if message and message != self._hooks_health.message:
+                _log.error("no container can be made: %s", message)
+            self._hooks_health = Health("HooksUnusable", message) if wrong else Health()
+            await asyncio.sleep(HOOKS_LOOK_S)
 
     async def _is_well(self) -> bool:
         return True  # that this runs shows that the event loop does

@@ -13,6 +13,7 @@ from oci import runtime
 from tests.e2e.conftest import MakeDaemon
 from tests.e2e.harness.client import Client
 from tests.e2e.harness.daemon import Daemon
+from tests.e2e.harness.ports import wait_until
 
 FOR_EVER = ["sleep", "100000"]
 DENY_MKDIR = {
@@ -68,6 +69,13 @@ def shared_daemon(make_daemon: MakeDaemon, place: Path) -> Daemon:
 def config_of(daemon: Daemon, container_id: str) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((daemon.run_dir / "containers" / container_id / "config.json").read_text())
     return config
+
+
+def not_ready(client: Client) -> str:
+    """Why the runtime is not ready; "" when it is."""
+    conditions = client.runtime.Status(pb.StatusRequest(), timeout=10).status.conditions
+    condition = next(each for each in conditions if each.type == "RuntimeReady")
+    return "" if condition.status else f"{condition.reason}: {condition.message}"
 
 
 def test_a_handler_s_options_reach_its_runtime(daemon: Daemon, client: Client, busybox: str, place: Path) -> None:
@@ -161,7 +169,9 @@ def test_a_hook_file_that_is_wrong_refuses_containers_until_it_is_mended(
 
     with pytest.raises(grpc.RpcError, match=r"wrong\.json") as raised:
         client.run(pod, busybox, FOR_EVER)
+    wait_until(lambda: "wrong.json" in not_ready(client), "the node is not ready", 15)
     file.unlink()
+    wait_until(lambda: not not_ready(client), "the node is ready", 15)
 
     assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert client.run(pod, busybox, FOR_EVER)

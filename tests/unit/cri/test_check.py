@@ -7,7 +7,7 @@ import pytest
 
 from cri import check
 from cri.check import Finding, Weight, can_run, text
-from cri.config import CgroupDriver, Config
+from cri.config import CgroupDriver, Config, RuntimeSection
 from oci.linux.cgroup import Cgroups, Hierarchy
 
 GOOD = Finding("kernel", True, Weight.REQUIRED, "6.1")
@@ -64,3 +64,17 @@ def test_json_has_every_finding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
     assert check.main(Config(), as_json=True) == 1
     assert [each["name"] for each in json.loads(capsys.readouterr().out)] == ["kernel", "overlayfs"]
+
+
+def test_files_of_hooks_and_devices_that_are_wrong_are_named(tmp_path: Path) -> None:
+    (tmp_path / "wrong.json").write_text("{")
+    config = Config(runtime=RuntimeSection(cdi_spec_dirs=(tmp_path,), hooks_dir=(tmp_path,)))
+
+    devices, hooks = check._described(config)
+
+    assert not can_run([hooks])
+    assert can_run([devices])
+    assert all("wrong.json: " in finding.seen and not finding.ok for finding in (devices, hooks))
+    assert all(
+        finding.ok for finding in check._described(Config(runtime=RuntimeSection(cdi_spec_dirs=(), hooks_dir=())))
+    )
