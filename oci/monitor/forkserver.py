@@ -11,7 +11,7 @@ import time
 
 from oci.monitor import arena, kernel, pod, warm_up, wire, zygote
 from oci.monitor import exit as exits
-from oci.monitor.loop import READABLE, Loop, catch_children
+from oci.monitor.loop import READABLE, Loop, catch_children, catch_termination
 from oci.monitor.monitor import Surroundings
 from oci.monitor.processes import exit_code
 
@@ -27,7 +27,11 @@ POD_TIMEOUT_S = 30.0
 
 
 class ForkServer:
-    """Serves the daemon until it is told to retire; then stays for its children until the last of them is gone."""
+    """Serves the daemon until it is told to retire; then stays for its children until the last of them is gone.
+
+    SIGTERM says so too: it comes when the node shuts down, which would wait for us, and means well at any other time:
+    the daemon's next request starts a successor.
+    """
 
     def __init__(
         self, loop: Loop, listener: socket.socket, run_dir: str, program: str, surroundings: Surroundings
@@ -42,6 +46,7 @@ class ForkServer:
         self._forking: list[Callable[[int], None]] = []
         self._start_zygote()
         loop.on_stray = self._record_orphan
+        loop.on_terminate = lambda: self._retire(self._drop_all)
         loop.watch(listener.fileno(), READABLE, self._on_connect)
 
     def _on_connect(self, _events: int) -> None:
@@ -69,6 +74,10 @@ class ForkServer:
             self._loop.forget(client.fileno())
             client.close()
             self._clients.remove(client)
+
+    def _drop_all(self) -> None:
+        for client in list(self._clients):
+            self._drop(client)
 
     def _on_message(self, client: socket.socket) -> None:
         try:
@@ -104,7 +113,7 @@ class ForkServer:
         elif verb == "status":
             self._tell(client, {"id": request, "children": self._children()})
         elif verb == "retire":
-            self._retire(client, request)
+            self._retire(lambda: self._tell(client, {"id": request, "children": self._children()}))
         else:
             self._tell(client, {"id": request, "error": f"unknown verb {verb!r}"})
 
@@ -115,6 +124,7 @@ class ForkServer:
         pid = os.fork()
         if pid == 0:
             signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             zygote.run(theirs.fileno(), self._surroundings)
         theirs.close()
         ours.setblocking(False)
@@ -210,20 +220,20 @@ class ForkServer:
 
     # The end
 
-    def _retire(self, client: socket.socket, request: int) -> None:
-        """Make room for a successor on the same path; answered with the pids of the children that are left."""
+    def _retire(self, tell: "Callable[[], object]") -> None:
+        """Make room for a successor on the same path; `tell` is called when nothing is under way any more."""
         if self._listener is not None:
             self._loop.forget(self._listener.fileno())
             self._listener.close()
             self._listener = None
             kernel.unlink(f"{self._run_dir}/{SOCKET}")
         if self._forking:  # let it finish what is under way
-            self._loop.after(0.01, lambda: self._retire(client, request))
+            self._loop.after(0.01, lambda: self._retire(tell))
             return
         if self._zygote.fileno() >= 0:
             self._loop.forget(self._zygote.fileno())
             self._zygote.close()
-        self._tell(client, {"id": request, "children": self._children()})
+        tell()
         self._end_if_alone()
 
     def _end_if_alone(self) -> None:
@@ -321,4 +331,5 @@ def main(arguments: list[str]) -> None:
     kernel.trim_heap()
     loop = Loop()
     _server = ForkServer(loop, listener, run_dir=run_dir, program=program, surroundings=surroundings)
+    catch_termination()
     loop.run()

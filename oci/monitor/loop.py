@@ -41,6 +41,7 @@ class Loop:
         self._timers: list[Timer] = []
         self._children: dict[int, Callable[[int], None]] = {}
         self.on_stray: Callable[[int, int], None] = lambda pid, status: None
+        self.on_terminate: Callable[[], None] = lambda: None  # SIGTERM, for who has called `catch_termination`
         self._stopped = False
         self.busy_turns = 0  # in which there was more than a timer
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -114,10 +115,12 @@ class Loop:
 
     def _on_signal(self, _events: int) -> None:
         try:
-            os.read(self._wake_read, 512)
+            numbers = os.read(self._wake_read, 512)
         except BlockingIOError:
             return
         self.reap()
+        if signal.SIGTERM in numbers:
+            self.on_terminate()
 
     def reap(self) -> None:
         """Take every child that has ended. `on_stray` sees an unknown one while it is still a zombie."""
@@ -156,6 +159,11 @@ def wait_status(found: os.waitid_result) -> int:
 def catch_children() -> None:
     """Once per program, before its first loop; forked processes inherit it."""
     signal.signal(signal.SIGCHLD, _woken)
+
+
+def catch_termination() -> None:
+    """In this process alone: what it forks is to put SIGTERM back."""
+    signal.signal(signal.SIGTERM, _woken)
 
 
 def _woken(_number: int, _frame: object) -> None:

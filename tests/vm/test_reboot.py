@@ -18,12 +18,16 @@ pytestmark = [
     pytest.mark.skipif("CRITO_TEST_REBOOT" not in os.environ, reason="reboots the machine: set CRITO_TEST_REBOOT"),
 ]
 
+SHUTDOWN_S = 30  # systemd waits three times as long for those who ignore SIGTERM
 MEMORY = Path("/var/lib/crito-test-reboot.json")
 
 
 def test_after_a_reboot_all_is_listed_as_ended_and_can_be_cleaned_up(tmp_path: Path) -> None:
     if MEMORY.exists():
-        _after(json.loads(MEMORY.read_text()))
+        memory = json.loads(MEMORY.read_text())
+        up_s = float(Path("/proc/uptime").read_text().split()[0])
+        assert time.time() - up_s - memory["time"] < SHUTDOWN_S, "something of ours kept the node from going down"
+        _after(memory["ids"])
     else:
         _before(tmp_path)
 
@@ -43,7 +47,7 @@ def _before(directory: Path) -> None:
         client.wait_exited(ended)
         assert len(node.leases()) == 1
     known = {"image": image, "pod": pod.id, "running": running, "ended": ended, "created": created}
-    MEMORY.write_text(json.dumps(known))
+    MEMORY.write_text(json.dumps({"ids": known, "time": time.time()}))
     if os.environ["CRITO_TEST_REBOOT"] == "power-cut":
         subprocess.run(["sync"], check=True)  # the machine's own disk has no journal
         Path("/proc/sysrq-trigger").write_text("b")

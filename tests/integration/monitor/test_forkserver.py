@@ -385,6 +385,33 @@ def test_shutdown_with_children_tells_them_and_waits_for_their_end(world: Any) -
     asyncio.run(main())
 
 
+def test_a_fork_server_that_is_terminated_goes_with_its_last_child_and_has_a_successor(world: Any) -> None:
+    """Its SIGTERM is that of a node which shuts down, and which waits for whoever ignores it."""
+
+    async def main() -> None:
+        async with world() as w:
+            pause = await w.forks.make_pod(PodRequest("s", ("uts",), pins(w)))
+            server, started = w.forks.pid, kernel.start_time(w.forks.pid)
+
+            os.kill(server, signal.SIGTERM)
+            await asyncio.sleep(0.2)
+            assert is_alive(server, started)
+            beside = w.path / "pins-of-another"
+            beside.mkdir()
+            another = await w.forks.make_pod(PodRequest("t", ("uts",), beside))
+            assert w.forks.pid != server
+            await kill_pause(pause.pid, pause.start_time)
+            for _ in range(200):
+                if not is_alive(server, started):
+                    break
+                await asyncio.sleep(0.02)
+
+            assert not is_alive(server, started)
+            assert is_alive(another.pid, another.start_time)
+
+    asyncio.run(main())
+
+
 def test_only_exactly_that_process_is_killed() -> None:
     async def main() -> None:
         own = kernel.start_time(os.getpid())
