@@ -78,9 +78,9 @@ class Cdi:
             edits.append(_completed(each.device.container_edits, f"CDI device {name} of {each.file}"))
         return merged(edits)
 
-    def inject(self, config: Config, names: Sequence[str]) -> None:
+    def inject(self, config: Config, names: Sequence[str], *, idmap_mounts: bool = False) -> None:
         """Edit the devices into `config`, in place; raises as `resolve` does."""
-        config.update(edited(config, self.resolve(names)))
+        config.update(edited(config, self.resolve(names), idmap_mounts=idmap_mounts))
 
     def unusable(self) -> dict[Path, str]:
         """The files that are no descriptions, with the reasons."""

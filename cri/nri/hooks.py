@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from cri.api.nri.v1alpha1 import api_pb2 as nri
@@ -36,8 +37,8 @@ class Messages:
         self._sandboxes = sandboxes
         self.in_making: Configs = {}  # the runtime-specs of containers that plugins know and lists do not show yet
 
-    def inject_cdi(self, config: dict[str, Any], names: list[str]) -> None:
-        self._containers.cdi.inject(config, names)
+    def inject_cdi(self, config: dict[str, Any], names: list[str], *, idmap_mounts: bool) -> None:
+        self._containers.cdi.inject(config, names, idmap_mounts=idmap_mounts)
 
     def known_containers(self) -> list[ContainerId]:
         return self._containers.known_ids()
@@ -146,7 +147,9 @@ class ContainerPlugins:
             hugepage_sizes=host.hugepage_sizes,
             lowest_oom_score_adj=host.lowest_oom_score_adj,
             min_memory_bytes=handler.features.min_memory_bytes if handler else 0,
-            inject_cdi=self._messages.inject_cdi,
+            inject_cdi=partial(
+                self._messages.inject_cdi, idmap_mounts=handler is not None and handler.features.idmap_mounts
+            ),
         )
 
     async def created(self, container: Container) -> None:

@@ -317,7 +317,7 @@ def test_a_mount_replaces_that_on_its_path_and_comes_after_its_parents(tmp_path:
     ]
 
 
-def test_bind_mounts_of_a_user_namespace_are_id_mapped_where_the_runtime_can() -> None:
+def test_bind_mounts_of_a_user_namespace_are_id_mapped_where_the_runtime_can(tmp_path: Path) -> None:
     spec = config()
     spec["linux"]["namespaces"] = [{"type": "user"}]
     mounts = (Mount("/a", "/a", ("rbind", "ro")), Mount("/b", "/b", ("bind",)), Mount("none", "/c", (), "tmpfs"))
@@ -327,6 +327,9 @@ def test_bind_mounts_of_a_user_namespace_are_id_mapped_where_the_runtime_can() -
     assert [each["options"] for each in mapped] == [["rbind", "ro", "ridmap"], ["bind", "idmap"], []]
     plain = edited(spec, Edits(mounts=mounts))["mounts"][1:]
     assert [each["options"] for each in plain] == [["rbind", "ro"], ["bind"], []]
+    write(tmp_path, "v.json", {"0": {"mounts": [{"hostPath": "/a", "containerPath": "/a"}]}})
+    Cdi([tmp_path]).inject(spec, ["vendor.com/gpu=0"], idmap_mounts=True)
+    assert spec["mounts"][-1]["options"] == ["rbind", "rprivate", "ridmap"]
 
 
 def test_editing_leaves_the_given_spec_as_it_is(tmp_path: Path) -> None:
