@@ -238,6 +238,12 @@ class RuntimeSection:
     container_create_timeout: float = setting(
         kinds.TIMEOUT, 240.0, "An OCI runtime that has not created or started a container by then is killed."
     )
+    criu_path: Path | None = setting(
+        kinds.OPTIONAL_PATH,
+        None,
+        "CRIU's executable, for checkpoint and restore; its file name is `criu`.",
+        shown="criu in /usr/local/{s,}bin, /usr/{s,}bin",
+    )
     log_size_max: int = setting(
         kinds.LOG_SIZE,
         0,

@@ -5,6 +5,7 @@ Directories, below `root` and `run_dir` of the configuration:
     root/state.db            pods, containers (oci/state.py)
          images/             the image store
          containers/<id>/    writable layers
+         checkpoints/<id>/   a checkpoint while it is made
          cni/                what CNI plugins were asked for
     run_dir/crito.lock       held by the one daemon of this run_dir
             forkserver.sock  forkserver.log  orphans/
@@ -34,6 +35,7 @@ from cri.config import Config
 from cri.image_service.images import Images, ImageSettings
 from cri.image_service.service import ImageService
 from cri.node_service import NodeService
+from cri.runtime_service.checkpoints import ContainerCheckpoints
 from cri.runtime_service.events import ContainerEvents
 from cri.runtime_service.exec import Streaming, start_early
 from cri.runtime_service.metrics import PodMetrics
@@ -46,6 +48,7 @@ from cri.streaming.client import Streams
 from cri.streaming.settings import StreamSettings
 from cri.streaming.tls import TlsSettings
 from oci.bundle import Bundles
+from oci.checkpoint import Checkpoints
 from oci.clock import Clock
 from oci.container import ContainerRecord
 from oci.containers import Containers, ContainerSettings
@@ -142,6 +145,9 @@ class Daemon:
         self._clock = clock
         self._counts = counts
         self._mounts = mounts
+        self._checkpoints = Checkpoints(
+            config.crito.root / "checkpoints", containers, bundles, rootfs, handlers, images.layer_paths, mounts
+        )
         self._changes = Changes()
         self._runtime_health = Health()
         self._hooks_health = Health()
@@ -162,6 +168,7 @@ class Daemon:
             self._config.crito.run_dir / "sandboxes",
         )
         await self._images.sweep()
+        await self._checkpoints.recover()
 
     async def serve(self, stack: contextlib.AsyncExitStack) -> None:
         """Answer on the socket, and start what goes on beside it."""
@@ -209,6 +216,7 @@ class Daemon:
             self._pod_metrics,
             status,
             Streaming(self._containers, self._sandboxes, self._streams, self._config.crito.run_dir / "containers"),
+            ContainerCheckpoints(self._checkpoints, self._sandboxes, self._containers, self._images, self._handlers),
         )
         api_pb2_grpc.add_RuntimeServiceServicer_to_server(runtime_service, server.grpc)
         image_service = ImageService(self._images, self._changes, self._layers)
@@ -388,6 +396,7 @@ async def _build(config: Config, stack: contextlib.AsyncExitStack) -> Daemon:
             cdi_spec_dirs=config.runtime.cdi_spec_dirs,
             hooks_dirs=config.runtime.hooks_dir,
             defaults=_defaults(config),
+            criu_path=config.runtime.criu_path,
         ),
         Records(database, "containers", ContainerRecord),
         handlers,

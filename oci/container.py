@@ -28,6 +28,7 @@ class ContainerRecord:
     user: User | None = None
     status: ContainerStatus = ContainerStatus()
     cgroups_path: str = ""  # as the runtime-spec has it, where a hook has put the container elsewhere
+    restored_from: str = ""  # the checkpoint whose processes it has, or will have once started
     is_released: bool = False  # the OCI runtime's state, the cgroup and the mounts are gone
     is_removing: bool = False  # a remove was asked for: not listed any more, to be finished after a crash
 

@@ -8,9 +8,10 @@
 
 import os
 import stat
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from oci.container_spec import ContainerId, IdMapping, UserNamespace
 from oci.errors import FailedPrecondition, InvalidArgument
@@ -131,6 +132,12 @@ class Rootfs:
                 lsm.relabel(directory, selinux_label)
             made[path] = directory
         return made
+
+    def volumes_in(self, id: ContainerId, config: Mapping[str, Any]) -> dict[str, str]:
+        """Which of `make_volumes`'s directories a runtime-spec mounts: paths in the container to those on the host."""
+        top = f"{self._root / id / 'volumes'}/"
+        mounts = config.get("mounts") or ()
+        return {each["destination"]: each["source"] for each in mounts if str(each.get("source")).startswith(top)}
 
     def _fill(self, id: ContainerId, path: str, directory: Path, shift: Shift | None) -> None:
         with syscalls.opened(self.path(id), os.O_PATH | os.O_DIRECTORY) as root_fd:

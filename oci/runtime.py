@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from oci.container_spec import ContainerId
@@ -125,6 +126,26 @@ class Runtime:
         output = await self._command("ps", "--format", "json", id, timeout_s=timeout_s)
         return [int(pid) for pid in json.loads(output) or ()]
 
+    async def can_checkpoint(self) -> bool:
+        """Whether the runtime has the commands: crun can be built without CRIU."""
+        with contextlib.suppress(Error):
+            return b"--image-path" in await self._command("checkpoint", "--help", timeout_s=10.0)
+        return False
+
+    async def checkpoint(
+        self, id: ContainerId, images: Path, work: Path, timeout_s: float, environment: Mapping[str, str]
+    ) -> None:
+        """Let CRIU write the container's processes into `images`; they stay as they are, paused or not."""
+        arguments = ("--leave-running", *self._criu_arguments(images, work), id)
+        await self._output([*self.argv, "checkpoint", *arguments], timeout_s, environment=environment)
+
+    def restore_command(self, images: Path, work: Path) -> tuple[str, ...]:
+        """The command that makes a container go on from `images`, in place of create and start."""
+        return ("restore", "--detach", *self._criu_arguments(images, work))
+
+    def _criu_arguments(self, images: Path, work: Path) -> tuple[str, ...]:
+        return ("--image-path", str(images), "--work-path", str(work), "--tcp-established", "--file-locks")
+
     async def canary(self, directory: Path, cgroup_parent: str, timeout_s: float = 20.0) -> Canary:
         """Create and start a container of one tiny program, below a checked cgroup parent; nothing of it stays.
 
@@ -153,7 +174,13 @@ class Runtime:
     async def _command(self, command: str, *arguments: str, timeout_s: float, given: bytes | None = None) -> bytes:
         return await self._output([*self.argv, command, *arguments], timeout_s, given)
 
-    async def _output(self, argv: Sequence[str], timeout_s: float, given: bytes | None = None) -> bytes:
+    async def _output(
+        self,
+        argv: Sequence[str],
+        timeout_s: float,
+        given: bytes | None = None,
+        environment: Mapping[str, str] = MappingProxyType(_ENVIRONMENT),
+    ) -> bytes:
         """What the command prints. Raises an Error of the fitting kind when it fails or takes longer."""
         what = f"{self.name}: {' '.join(argv[len(self.argv) :] or argv[1:])}"
         try:
@@ -162,7 +189,7 @@ class Runtime:
                 stdin=asyncio.subprocess.DEVNULL if given is None else asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
-                env=_ENVIRONMENT,
+                env=environment,
                 start_new_session=True,
                 cwd="/",
             )

@@ -1,8 +1,9 @@
 """The CRI's RuntimeService: one short method per RPC. What the RPCs do is told in `sandbox/` and `oci/`."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,7 +15,8 @@ from cri.api.runtime.v1 import api_pb2_grpc
 from cri.changes import Changes
 from cri.chunks import chunks
 from cri.image_service.images import Image, Images
-from cri.runtime_service import filters, from_cri, to_cri
+from cri.runtime_service import checkpoints, filters, from_cri, to_cri
+from cri.runtime_service.checkpoints import ContainerCheckpoints
 from cri.runtime_service.events import ContainerEvents
 from cri.runtime_service.exec import Streaming
 from cri.runtime_service.metrics import PodMetrics
@@ -23,7 +25,7 @@ from cri.runtime_service.status import RuntimeStatus
 from oci.container import Container
 from oci.container_spec import ContainerSpec
 from oci.containers import Containers, ImageToRun
-from oci.errors import InvalidArgument, NotFound, Unimplemented
+from oci.errors import InvalidArgument, NotFound
 from oci.handlers import Handlers
 from oci.image_volumes import ImageMount
 from oci.version import VERSION
@@ -48,6 +50,7 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
         metrics: PodMetrics,
         status: RuntimeStatus,
         streaming: Streaming,
+        checkpoints: ContainerCheckpoints,
     ) -> None:
         self._changes = changes
         self._sandboxes = sandboxes
@@ -59,6 +62,7 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
         self._metrics = metrics
         self._status = status
         self._streaming = streaming
+        self._checkpoints = checkpoints
 
     # The runtime
 
@@ -142,18 +146,16 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
     ) -> api.CreateContainerResponse:
         sandbox = self._sandboxes.ready(_required(request, "pod_sandbox_id"))
         spec = from_cri.container_spec(request.config)
-        image = self._images.resolve(request.config.image.image)
+        checkpoint = await self._checkpoints.find(request.config.image.image)
+        image = None if checkpoint is not None else self._images.resolve(request.config.image.image)
         key = f"create container {sandbox.id}/{spec.name}/{spec.attempt} {_digest(request.config)}"
 
         async def create() -> Container:
             pod = self._sandboxes.environment(self._sandboxes.ready(sandbox.id))
-            for image_id in (image.id, *(self._images.resolve(mount.image).id for mount in spec.mounts if mount.image)):
-                await self._images.ensure(image_id)
-            to_run = ImageToRun(
-                image.id, _image_ref(image), image.config, self._images.layer_paths(image.id), self._image_mounts(spec)
-            )
+            base = image if checkpoint is None else await self._checkpoints.image_of(checkpoint)
+            assert base is not None  # resolved, where there is no checkpoint
             handler = self._handlers.resolve(sandbox.record.runtime_handler)
-            return await self._containers.create(spec, pod, to_run, handler)
+            return await self._containers.create(spec, pod, await self._to_run(base, spec), handler, checkpoint)
 
         container = await self._changes.run(key, create)
         return api.CreateContainerResponse(container_id=container.id)
@@ -301,15 +303,51 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
     async def CheckpointContainer(
         self, request: api.CheckpointContainerRequest, context: Context
     ) -> api.CheckpointContainerResponse:
-        raise Unimplemented("CheckpointContainer: this version makes no checkpoints")
+        container = self._containers.get(_required(request, "container_id"))
+        location = _required(request, "location")
+        if request.timeout < 0:
+            raise InvalidArgument(f"timeout: {request.timeout} is negative")
+        timeout_s = checkpoints.timeout_of(request.timeout, context.time_remaining())
+        await self._changes.run(
+            f"checkpoint container {container.id} to {location}",
+            lambda: self._checkpoints.save(container, location, timeout_s),
+        )
+        return api.CheckpointContainerResponse()
 
     async def CheckpointPod(self, request: api.CheckpointPodRequest, context: Context) -> api.CheckpointPodResponse:
-        raise Unimplemented("CheckpointPod: this version makes no checkpoints")
+        sandbox = self._sandboxes.ready(_required(request, "pod_sandbox_id"))
+        directory = Path(_required(request, "output_path"))
+        _no_options(request.options)
+        if not request.container_ids or len(set(request.container_ids)) != len(request.container_ids):
+            raise InvalidArgument(f"container_ids: {list(request.container_ids)} is empty or has one twice")
+        containers = [self._containers.get(id) for id in request.container_ids]
+        timeout_s = checkpoints.timeout_of(0, context.time_remaining())
+        await self._changes.run(
+            f"checkpoint pod sandbox {sandbox.id} to {directory} {_digest(request)}",
+            lambda: self._checkpoints.save_pod(sandbox, containers, directory, timeout_s),
+        )
+        return api.CheckpointPodResponse()
 
     async def RestorePod(self, request: api.RestorePodRequest, context: Context) -> api.RestorePodResponse:
-        raise Unimplemented("RestorePod: this version restores no checkpoints")
+        directory = Path(_required(request, "checkpoint_path"))
+        _no_options(request.options)
+        spec = from_cri.sandbox_spec(request.config, request.runtime_handler)
+        handler = self._handlers.resolve(request.runtime_handler).name
+        wanted = [from_cri.container_spec(each) for each in request.container_configs]
+        sandbox, containers = await self._changes.run(
+            f"restore pod sandbox {spec.namespace}/{spec.name}/{spec.uid} {_digest(request)}",
+            lambda: self._checkpoints.restore_pod(directory, spec, handler, wanted, self._to_run),
+        )
+        restored = [api.RestoredContainer(name=each.record.spec.name, container_id=each.id) for each in containers]
+        return api.RestorePodResponse(pod_sandbox_id=sandbox.id, restored_containers=restored)
 
     # Small steps
+
+    async def _to_run(self, image: Image, spec: ContainerSpec) -> ImageToRun:
+        for image_id in (image.id, *(self._images.resolve(mount.image).id for mount in spec.mounts if mount.image)):
+            await self._images.ensure(image_id)
+        layers = self._images.layer_paths(image.id)
+        return ImageToRun(image.id, _image_ref(image), image.config, layers, self._image_mounts(spec))
 
     def _image_mounts(self, spec: ContainerSpec) -> tuple[ImageMount, ...]:
         """What the container's image volumes show. Raises NotFound for an image that is not on this node."""
@@ -372,6 +410,11 @@ def _required(request: Message, field: str) -> str:
     if not value:
         raise InvalidArgument(f"{field}: empty")
     return value
+
+
+def _no_options(options: Mapping[str, str]) -> None:
+    if options:
+        raise InvalidArgument(f"options: {', '.join(sorted(options))}: there are none")
 
 
 def _image_ref(image: Image) -> str:

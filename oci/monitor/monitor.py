@@ -301,7 +301,9 @@ class Monitor:
             raise Refusal(f"the container is {self._state} already")
         config = self._config
         pid_file = f"{self._directory}/init.pid"
-        arguments = ["create", "--bundle", config["bundle"], "--pid-file", pid_file, *config.get("create_options", [])]
+        command_line = config.get("create_command") or ["create"]
+        arguments = [*command_line, "--bundle", config["bundle"], "--pid-file", pid_file]
+        arguments += config.get("create_options", [])
         try:
             self._log = LogFile(config.get("log_path", ""), config.get("log_max_bytes", 0), _complain)
         except OSError as error:
