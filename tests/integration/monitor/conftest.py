@@ -17,6 +17,7 @@ from oci.errors import Error
 from oci.monitor import kernel
 from oci.monitor_client import ForkServer, Monitor, MonitorRequest, kill_pause, read_pod_process, remove_pins
 
+RUNTIMES = ["crun", "runc"]
 BUSYBOX = Path("/usr/bin/busybox")
 COMMANDS = "sh sleep echo cat yes dd true false setsid kill stty seq head printf wc tail usleep"
 PROCESS: dict[str, Any] = {"env": ["PATH=/bin"], "cwd": "/", "user": {"uid": 0, "gid": 0}, "terminal": False}
@@ -171,14 +172,28 @@ def _why_not(runtime: str, path: Path) -> str:
 _reasons: dict[str, str] = {}
 
 
-@pytest.fixture(params=["crun", "runc"])
+def _reason(name: str, temporary: pytest.TempPathFactory) -> str:
+    if name not in _reasons:
+        _reasons[name] = _why_not(name, temporary.mktemp(f"canary-{name}"))
+    return _reasons[name]
+
+
+@pytest.fixture(params=RUNTIMES)
 def runtime(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     name = str(request.param)
-    if name not in _reasons:
-        _reasons[name] = _why_not(name, tmp_path_factory.mktemp(f"canary-{name}"))
-    if _reasons[name]:
-        pytest.skip(_reasons[name])
+    reason = _reason(name, tmp_path_factory)
+    if reason:
+        pytest.skip(reason)
     return name
+
+
+@pytest.fixture
+def any_runtime(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The first that runs here."""
+    for name in RUNTIMES:
+        if not _reason(name, tmp_path_factory):
+            return name
+    pytest.skip("; ".join(_reasons.values()))
 
 
 WorldMaker = Callable[[], AbstractAsyncContextManager[World]]
