@@ -3,7 +3,7 @@ PYTHON_BIN := .venv/bin/python
 PYTEST := $(PYTHON_BIN) -m pytest
 ROOT := $(shell [ "$$(id -u)" = 0 ] && echo yes)
 
-.PHONY: demo test check format unit integration e2e critest bench setup docs proto clean
+.PHONY: demo test check format unit integration e2e e2e-v2 critest critest-v2 bench setup docs proto clean
 
 demo: setup
 	@$(PYTHON_BIN) -m demo
@@ -38,6 +38,14 @@ e2e: setup
 
 critest: setup
 	$(PYTHON_BIN) -m critest
+
+# In a virtual machine with systemd, cgroup v2 alone and AppArmor, which `tests/vm/v2vm build` makes: what nodes are.
+# CRITEST_IMAGES is the data directory of a docker-registry with the suite's images.
+e2e-v2: setup
+	tests/vm/run --timeout 2400 python -m pytest -p no:cacheprovider tests/e2e
+
+critest-v2: setup
+	tests/vm/critest --newer "$(CRITEST_IMAGES)"
 
 bench: setup
 	tools/setup --peers

@@ -17,7 +17,7 @@ from typing import Any
 
 from oci.container_spec import ContainerSpec, Mount, ProfileKind, Propagation
 from oci.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument
-from oci.linux import devices, mount
+from oci.linux import devices, lsm, mount
 from oci.linux.devices import DeviceNode
 from oci.linux.mount import MountPoint
 
@@ -50,6 +50,10 @@ class HostObjects:
     sources: Mapping[str, str] = field(default_factory=dict)  # host path -> real path
     devices: tuple[DeviceNode, ...] = ()
     seccomp: Mapping[str, Any] | None = None  # a localhost profile as its file says it
+    apparmor: frozenset[str] | None = (
+        None  # the names of the profiles that are loaded; None: it does not matter, or the
+    )
+    # host does not tell
 
 
 async def look_up(spec: ContainerSpec, *, privileged_devices: bool = True, timeout_s: float = 10.0) -> HostObjects:
@@ -62,7 +66,7 @@ async def look_up(spec: ContainerSpec, *, privileged_devices: bool = True, timeo
     for wanted in spec.mounts:
         if not wanted.image:
             sources[wanted.host_path] = await _source(wanted, found.reached[wanted.host_path], found.points, timeout_s)
-    return HostObjects(sources, found.devices, found.seccomp)
+    return HostObjects(sources, found.devices, found.seccomp, found.apparmor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,7 @@ class _Local:
     reached: Mapping[str, _Reached | OSError]  # by host path
     devices: tuple[DeviceNode, ...]
     seccomp: Mapping[str, Any] | None
+    apparmor: frozenset[str] | None
 
 
 def _look_up_local(spec: ContainerSpec, privileged_devices: bool) -> _Local:
@@ -91,7 +96,7 @@ def _look_up_local(spec: ContainerSpec, privileged_devices: bool) -> _Local:
             reached[wanted.host_path] = _attempt(wanted.host_path, points)
         elif not wanted.image:
             raise InvalidArgument(f"{_named(wanted)}: host_path is not absolute")
-    return _Local(points, reached, *_files(spec, privileged_devices))
+    return _Local(points, reached, *_files(spec, privileged_devices), _apparmor_profiles(spec))
 
 
 def _attempt(path: str, points: Sequence[MountPoint]) -> _Reached | OSError:
@@ -216,6 +221,12 @@ def _files(spec: ContainerSpec, privileged_devices: bool) -> tuple[tuple[DeviceN
     if seccomp is None or seccomp.kind is not ProfileKind.LOCALHOST or spec.security.privileged:
         return tuple(found.values()), None
     return tuple(found.values()), _seccomp_file(seccomp.localhost)
+
+
+def _apparmor_profiles(spec: ContainerSpec) -> frozenset[str] | None:
+    wanted = spec.security.apparmor
+    is_asked_for = wanted is not None and wanted.kind is ProfileKind.LOCALHOST
+    return lsm.apparmor_profiles() or None if is_asked_for else None
 
 
 def _seccomp_file(path: str) -> Mapping[str, Any]:

@@ -98,7 +98,7 @@ def build(
     defaults: Defaults = Defaults(),
 ) -> dict[str, Any]:
     """config.json of the container. Raises InvalidArgument, FailedPrecondition with the field and its value."""
-    process = _process(spec, image, pod, node, placement, defaults)
+    process = _process(spec, image, pod, node, placement, host, defaults)
     mounts, propagation = _mounts(spec, pod, placement, host, features)
     linux: dict[str, Any] = {
         "namespaces": _namespaces(spec, pod, node, placement),
@@ -179,6 +179,7 @@ def _process(
     pod: PodEnvironment,
     node: Node,
     placement: Placement,
+    host: HostObjects,
     defaults: Defaults,
 ) -> dict[str, Any]:
     user = placement.user
@@ -193,7 +194,7 @@ def _process(
         "noNewPrivileges": spec.security.no_new_privs,
         "oomScoreAdj": _oom_score_adj(spec.resources, node),
     }
-    profile = _apparmor(spec, node)
+    profile = _apparmor(spec, node, host)
     if profile:
         process["apparmorProfile"] = profile
     if node.has_selinux and not spec.security.privileged:
@@ -253,10 +254,10 @@ def _oom_score_adj(resources: Resources, node: Node) -> int:
     return max(wanted, node.lowest_oom_score_adj)
 
 
-def _apparmor(spec: ContainerSpec, node: Node) -> str:
+def _apparmor(spec: ContainerSpec, node: Node, host: HostObjects) -> str:
     if spec.security.privileged:
         return ""
-    return lsm.apparmor_profile(spec.security.apparmor, node.has_apparmor, node.apparmor_default)
+    return lsm.apparmor_profile(spec.security.apparmor, node.has_apparmor, node.apparmor_default, host.apparmor)
 
 
 def _selinux(spec: ContainerSpec, pod: PodEnvironment) -> str:
@@ -440,7 +441,10 @@ def _resources(
             {"allow": True, "type": node_.type, "major": node_.major, "minor": node_.minor, "access": node_.permissions}
             for node_ in devices
         )
-    return {"devices": rules, **_limits(spec.resources, node, features)}
+    limits = _limits(spec.resources, node, features)
+    if "pids" in node.cgroups.controllers and "pids.max" not in spec.resources.unified:
+        limits["pids"] = {"limit": -1}  # kubelet limits the pod; systemd would give each scope its DefaultTasksMax
+    return {"devices": rules, **limits}
 
 
 def _limits(wanted: Resources, node: Node, features: RuntimeFeatures) -> dict[str, Any]:
