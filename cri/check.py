@@ -19,6 +19,7 @@ from cri.config import CgroupDriver, Config, RuntimeHandler
 from cri.config_reader import EXECUTABLE_DIRS, PAUSE_PROGRAMS, find_executable
 from cri.runtimes import runtime_of
 from oci.cdi import Cdi
+from oci.criu import Criu
 from oci.errors import Error
 from oci.hook_files import HookFiles
 from oci.linux import cgroup, lsm, mount, syscalls
@@ -43,6 +44,7 @@ CAPABILITIES = (
     "MKNOD",
 )
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
+_NO_CRIU = "containers cannot be checkpointed or restored; everything else works"
 TMPFS_MAGIC = 0x01021994
 
 
@@ -96,6 +98,7 @@ def examine(config: Config) -> Iterator[Finding]:
     yield from _runtimes(config)
     yield from _described(config)
     yield from _pause(config)
+    yield _criu(config)
     yield from _network(config)
     yield from _security(node)
     yield from _directories(config)
@@ -272,6 +275,22 @@ def _pause(config: Config) -> Iterator[Finding]:
         yield Finding(
             "pause", os.access(path, os.X_OK), Weight.REQUIRED, str(path), "runtime.pause_path is no executable"
         )
+
+
+def _criu(config: Config) -> Finding:
+    criu = Criu(config.runtime.criu_path)
+    driver = cgroup.Driver(config.runtime.cgroup_driver)
+    runtimes = [
+        name
+        for name, handler in config.runtime.handlers.items()
+        if asyncio.run(runtime_of(name, handler, handler.root, driver).can_checkpoint())
+    ]
+    try:
+        asyncio.run(criu.require())
+    except Error as error:
+        return Finding("CRIU", False, Weight.SOME, str(error), _NO_CRIU)
+    seen = f"{criu.path}, with {', '.join(runtimes) or 'no configured OCI runtime'}"
+    return Finding("CRIU", bool(runtimes), Weight.SOME, seen, _NO_CRIU)
 
 
 def _network(config: Config) -> Iterator[Finding]:

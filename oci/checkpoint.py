@@ -55,6 +55,7 @@ class Checkpoints:
 
     async def recover(self) -> None:
         """Let containers run on that a daemon before us had paused; forget its unfinished checkpoints. At the start."""
+        await self._pooled(_prepare, self._directory)
         for id in await self._pooled(_names, self._directory):
             _log.warning("container %s: the daemon ended while it was being checkpointed", id)
             container = self._containers.find(id)
@@ -190,13 +191,16 @@ def _left(deadline: float) -> float:
     return left
 
 
+def _prepare(directory: Path) -> None:
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
 def _make_private(directory: Path) -> None:
-    directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     directory.mkdir(mode=0o700)
 
 
 def _names(directory: Path) -> list[str]:
-    return sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
+    return sorted(entry.name for entry in directory.iterdir())
 
 
 def _documents(container: Container, spec: dict[str, Any]) -> dict[str, Any]:

@@ -424,8 +424,8 @@ class Containers:
         """A container that never had a process, as far as anybody knows: whatever may be left of it goes."""
         monitor = container.monitor
         with contextlib.suppress(Error):
-            # Another process's state, so it is asked again; the monitor's own patience ends this.
-            while monitor is not None and (await monitor.status()).state == "creating":  # noqa: ASYNC110
+            while monitor is not None and (await monitor.status()).state == "creating":
+                await self._pooled(proc.kill_below, monitor.pid)  # CRIU, and what it has brought back already
                 await asyncio.sleep(UNRESTORED_POLL_S)
         container.exited.set()
         self._publish(EventKind.STOPPED, container)

@@ -1,7 +1,9 @@
 """Processes of this host as /proc shows them; a pid is believed only together with its start time."""
 
+import contextlib
 import errno
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +89,13 @@ def descendants(pid: int) -> list[int]:
         found.extend(below)
         waiting.extend(below)
     return found
+
+
+def kill_below(pid: int) -> None:
+    """SIGKILL to everything that a process has started and that is still below it."""
+    for each in descendants(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
 
 
 def boot_id() -> str:
