@@ -1,5 +1,6 @@
 """Containers and pods are written down by CRIU with runc, and go on in other pods."""
 
+import gzip
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from cri.api.runtime.v1 import api_pb2 as pb
 from tests.e2e.conftest import MakeDaemon
 from tests.e2e.harness.client import Client, Pod
 from tests.e2e.harness.daemon import Daemon
+from tests.e2e.harness.images import LAYER, Blob, image, sha256
+from tests.e2e.harness.registry import Registry
 
 CRIU = os.environ.get("CRITO_TEST_CRIU") or shutil.which("criu") or ""  # a newer one than the node's can be named
 COUNTER = ["sh", "-c", "echo written > /data; rm /etc/group; i=0; while :; do echo $i; i=$((i+1)); sleep 0.05; done"]
@@ -35,18 +38,7 @@ def _missing() -> str:
 def shared_daemon(make_daemon: MakeDaemon) -> Daemon:
     if missing := _missing():
         pytest.skip(missing)
-    daemon = make_daemon({"runtime": {"default_handler": "runc", "criu_path": CRIU}})
-    client = daemon.client()
-    pod = client.run_pod("warm-up-crun", handler="crun")  # crun's directory stays
-    client.run(pod, daemon_image(client), ["true"])
-    client.remove_pod(pod.id)
-    client.close()
-    return daemon
-
-
-def daemon_image(client: Client) -> str:
-    tag: str = client.images.ListImages(pb.ListImagesRequest(), timeout=10).images[0].repo_tags[0]
-    return tag
+    return make_daemon({"runtime": {"default_handler": "runc", "criu_path": CRIU}})
 
 
 @pytest.fixture
@@ -151,6 +143,26 @@ def test_the_archive_has_the_layout_that_other_programs_read(client: Client, bus
     assert deleted == ["/etc/group"]
     assert {"/etc/hosts", "/dev/shm"} <= {mount["destination"] for mount in mounts}
     assert archive.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_checkpoint_image_is_restored_as_an_archive_is(
+    client: Client, image_registry: Registry, busybox: str, tmp_path: Path
+) -> None:
+    pod = run_pod(client, "imaged")
+    checkpoint(client, run_counter(client, pod, busybox), archive := tmp_path / "counter.tar")
+    plain = archive.read_bytes()
+    config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": [sha256(plain)]}}
+    layer = Blob(LAYER, gzip.compress(plain, 1))
+    made = image(config, (layer,), {"io.kubernetes.cri-o.annotations.checkpoint.name": "main"})
+    reference = image_registry.push(made, "test/checkpoint", "1")
+    client.pull(reference)
+    other = run_pod(client, "of-image")
+
+    restored = client.run(other, reference, [], linux=container_linux())
+
+    assert_runs_on(client, other, restored)
+    client.remove_pod(other.id)
+    client.images.RemoveImage(pb.RemoveImageRequest(image=pb.ImageSpec(image=reference)), timeout=30)
 
 
 def test_a_restored_container_that_is_never_started_goes_like_any_other(
@@ -280,9 +292,9 @@ def test_what_is_no_place_or_no_checkpoint_is_refused(client: Client, busybox: s
         with pytest.raises(grpc.RpcError) as error:
             checkpoint(client, container_id, Path(location))
         assert refused(error)[0] is grpc.StatusCode.INVALID_ARGUMENT
-    for image, code in (("no.tar", grpc.StatusCode.INVALID_ARGUMENT), ("none.tar", grpc.StatusCode.NOT_FOUND)):
+    for name, code in (("no.tar", grpc.StatusCode.INVALID_ARGUMENT), ("none.tar", grpc.StatusCode.NOT_FOUND)):
         with pytest.raises(grpc.RpcError) as error:
-            client.create(pod, client.container_config(str(tmp_path / image), name="no", linux=container_linux()))
+            client.create(pod, client.container_config(str(tmp_path / name), name="no", linux=container_linux()))
         assert refused(error)[0] is code
     client.stop(container_id)
     with pytest.raises(grpc.RpcError) as error:
@@ -351,11 +363,13 @@ def restore_pod(
     return answer
 
 
-def test_a_handler_without_criu_says_so(client: Client, busybox: str, tmp_path: Path) -> None:
+def test_a_handler_without_criu_says_so(make_daemon: MakeDaemon, busybox: str, tmp_path: Path) -> None:
+    if missing := _missing():
+        pytest.skip(missing)
     if b"--image-path" in subprocess.run(["crun", "checkpoint", "--help"], capture_output=True, check=False).stdout:
         pytest.skip("this crun is built with CRIU")
-    config = client.pod_config("crun", linux=pod_linux())
-    pod = client.run_pod(config=config, handler="crun")
+    client = make_daemon({"runtime": {"default_handler": "crun", "criu_path": CRIU}}).client()
+    pod = run_pod(client, "crun")
     container_id = client.run(pod, busybox, ["sleep", "1000"], linux=container_linux())
 
     with pytest.raises(grpc.RpcError) as error:
@@ -363,3 +377,4 @@ def test_a_handler_without_criu_says_so(client: Client, busybox: str, tmp_path: 
 
     assert refused(error)[0] is grpc.StatusCode.FAILED_PRECONDITION
     assert "crun" in refused(error)[1]
+    client.remove_pod(pod.id)

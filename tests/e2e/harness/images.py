@@ -102,12 +102,15 @@ def busybox_image(label: str = "", config: Mapping[str, Any] | None = None) -> T
     return image(content, (blob,))
 
 
-def image(config: Mapping[str, Any], layers: tuple[Blob, ...]) -> TestImage:
+def image(
+    config: Mapping[str, Any], layers: tuple[Blob, ...], annotations: Mapping[str, str] | None = None
+) -> TestImage:
     config_blob = Blob(CONFIG, json.dumps(config).encode())
     manifest = {
         "schemaVersion": 2,
         "mediaType": MANIFEST,
         "config": config_blob.descriptor(),
         "layers": [each.descriptor() for each in layers],
+        **({"annotations": dict(annotations)} if annotations else {}),
     }
     return TestImage(Blob(MANIFEST, json.dumps(manifest).encode()), config_blob, layers)
