@@ -31,6 +31,7 @@ OCI_VERSION = "1.0.2"  # of what is always written; runtimes refuse newer ones t
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _TERM = "xterm"
+_PIDS = 4 << 20  # the kernel's PID_MAX_LIMIT: as many as there can be
 _MOUNT_OPTIONS = frozenset({"noexec", "nodev", "nosuid"})
 _RRO_UNSUPPORTED = "RROUnsupported"  # cri-api's errors: the text starts with it
 
@@ -442,8 +443,10 @@ def _resources(
             for node_ in devices
         )
     limits = _limits(spec.resources, node, features)
-    if "pids" in node.cgroups.controllers and "pids.max" not in spec.resources.unified:
-        limits["pids"] = {"limit": -1}  # kubelet limits the pod; systemd would give each scope its DefaultTasksMax
+    is_v2 = node.cgroups.version is cgroup.Version.V2  # on v1, crun writes the -1 as it is, and the kernel refuses it
+    if is_v2 and "pids" in node.cgroups.controllers and "pids.max" not in spec.resources.unified:
+        # Kubelet limits the pod; systemd would give each scope its DefaultTasksMax, which crun's "unlimited" leaves.
+        limits["pids"] = {"limit": _PIDS}
     return {"devices": rules, **limits}
 
 
