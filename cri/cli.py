@@ -69,7 +69,13 @@ def _parser() -> argparse.ArgumentParser:
 
     check = _command(commands, "check", _check, "say what this host has and lacks")
     check.add_argument("--json", action="store_true", help="print JSON")
+    check.add_argument("--images", action="store_true", help="verify all image layers instead; reads every byte")
+    check.add_argument("--repair", action="store_true", help="with --images: fetch damaged layers again")
     _settings(check)
+
+    wipe = _command(commands, "wipe", _wipe, "remove all pods, containers and images of this node")
+    wipe.add_argument("--force", action="store_true", help="also while containers run")
+    _configuration(wipe)
 
     status = _command(commands, "status", _status, "say how the running daemon is")
     status.add_argument("--json", action="store_true", help="print JSON")
@@ -103,7 +109,19 @@ def _image_commands(commands: Any) -> None:
     remove = _command(commands, "remove", _images("remove"), "remove images and all their names")
     remove.add_argument("references", nargs="+", metavar="reference")
 
-    for command in (listing, pull, load, inspect, remove):
+    pulls = _command(commands, "pulls", _images("pulls"), "show the pulls under way: layers, rate, time left")
+    pulls.add_argument("--watch", action="store_true", help="until there are none")
+    pulls.add_argument("--json", action="store_true", help="print JSON, one list a line")
+
+    cancel = _command(commands, "cancel", _images("cancel"), "end the pulls of an image; the next goes on from there")
+    cancel.add_argument("reference")
+
+    pin = _command(commands, "pin", _images("pin"), "keep images from kubelet's garbage collection")
+    unpin = _command(commands, "unpin", _images("unpin"), "leave images to kubelet's garbage collection")
+    for command in (pin, unpin):
+        command.add_argument("references", nargs="+", metavar="reference")
+
+    for command in (listing, pull, load, inspect, remove, pulls, cancel, pin, unpin):
         _connection(command)
 
 
@@ -216,9 +234,25 @@ def _config(arguments: Arguments) -> int:
 
 
 def _check(arguments: Arguments) -> int:
+    if arguments.images or arguments.repair:
+        from cri import cli_check_images  # noqa: PLC0415
+
+        return cli_check_images.main(_load(arguments), repair=arguments.repair, as_json=arguments.json)
     from cri import check  # noqa: PLC0415
 
     return check.main(_load(arguments), as_json=arguments.json)
+
+
+def _wipe(arguments: Arguments) -> int:
+    from cri import cli_wipe  # noqa: PLC0415
+
+    return cli_wipe.main(_load(arguments), _configuration_flags(arguments), force=arguments.force)
+
+
+def _configuration_flags(arguments: Arguments) -> list[str]:
+    """The same configuration for another `crito`."""
+    flags = (("--config", arguments.config), ("--config-dir", arguments.config_dir))
+    return [text for flag, value in flags if value is not None for text in (flag, str(value))]
 
 
 def _status(arguments: Arguments) -> int:

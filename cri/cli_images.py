@@ -12,10 +12,12 @@ from typing import Any, TextIO
 
 from cri.api.runtime.v1 import api_pb2 as api
 from cri.node_client import SHORT_TIMEOUT_S, connected
-from cri.node_messages import ImageEvent, ImageSummary, LoadImage, Progress, PullImage
+from cri.node_messages import ImageEvent, ImageSummary, LoadImage, Progress, PullImage, PullStatus
 from oci.errors import Error, InvalidArgument, NotFound
 
 Arguments = argparse.Namespace
+
+WATCH_INTERVAL_S = 0.5
 
 
 def list_images(socket: Path, arguments: Arguments) -> int:
@@ -44,6 +46,65 @@ def load(socket: Path, arguments: Arguments) -> int:
     path = arguments.path.absolute()
     with connected(socket) as daemon:
         return follow(daemon.load(LoadImage(str(path), arguments.reference)), arguments.json)
+
+
+def pulls(socket: Path, arguments: Arguments) -> int:
+    """Shows the pulls under way, once or until there are none."""
+    with connected(socket) as daemon:
+        while True:
+            found = daemon.pulls()
+            if arguments.json:
+                print(json.dumps([asdict(each) for each in found]), flush=True)
+            else:
+                if arguments.watch and sys.stdout.isatty():
+                    print("\033[H\033[J", end="")
+                print(pulls_text(found), flush=True)
+            if not arguments.watch or not found:
+                return 0
+            time.sleep(WATCH_INTERVAL_S)
+
+
+def pulls_text(found: Sequence[PullStatus]) -> str:
+    """A line for each pull, and one for each of its layers."""
+    lines = []
+    for pull in found:
+        progress = pull.progress
+        eta = "" if pull.eta_seconds is None else f", {pull.eta_seconds:.0f} s left"
+        rate = f"{size(int(pull.rate_bytes_per_s))}/s{eta}"
+        lines.append(
+            f"{pull.reference}  {progress.phase}, {progress.layers_done}/{progress.layers_total} layers,"
+            f" {size(progress.fetched_bytes)} of {size(progress.total_bytes)}, {rate}"
+        )
+        for layer in pull.layers:
+            waits = f" (number {layer.queue_position})" if layer.queue_position else ""
+            lines.append(
+                f"  {short_id(layer.digest)}  {layer.phase}{waits}  {size(layer.fetched_bytes)} of"
+                f" {size(layer.total_bytes)}, {size(layer.unpacked_bytes)} unpacked"
+            )
+    return "\n".join(lines) if lines else "nothing is being pulled"
+
+
+def cancel(socket: Path, arguments: Arguments) -> int:
+    with connected(socket) as daemon:
+        if not daemon.cancel_pull(arguments.reference):
+            raise NotFound(f"no pull of {arguments.reference} is under way")
+    print(arguments.reference)
+    return 0
+
+
+def pin(socket: Path, arguments: Arguments) -> int:
+    return _pin(socket, arguments, pinned=True)
+
+
+def unpin(socket: Path, arguments: Arguments) -> int:
+    return _pin(socket, arguments, pinned=False)
+
+
+def _pin(socket: Path, arguments: Arguments, *, pinned: bool) -> int:
+    with connected(socket) as daemon:
+        for reference in arguments.references:
+            print(short_id(daemon.pin(reference, pinned).id))
+    return 0
 
 
 def inspect(socket: Path, arguments: Arguments) -> int:

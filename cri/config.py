@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cri import config_kinds as kinds
-from cri.config_kinds import Kind, Ulimit
+from cri.config_kinds import Kind, RegistryLimit, Ulimit
 
 MIB = 1 << 20
 
@@ -279,6 +279,16 @@ class ImageSection:
         kinds.TEXTS, (), 'Images that kubelet must not collect: exact names, "prefix*" or "*word*".'
     )
     max_parallel_layers: int = setting(kinds.COUNT, 4, "Layers that are fetched and unpacked at once, over all pulls.")
+    registry_limits: tuple[RegistryLimit, ...] = setting(
+        kinds.REGISTRY_LIMITS,
+        (),
+        'Layers of one registry that are fetched at once, and their bytes per second: "HOST layers=2 rate=10MiB".',
+    )
+    bundle_dir: Path | None = setting(
+        kinds.OPTIONAL_PATH,
+        None,
+        "Directory of OCI layouts and archives (also of docker save) whose images are loaded and pinned at each start.",
+    )
     pull_connect_timeout: float = setting(
         kinds.DURATION, 30.0, "A registry that has not answered by then counts as gone."
     )

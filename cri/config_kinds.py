@@ -240,6 +240,27 @@ def _ulimit(value: Any) -> Ulimit:
     return Ulimit(match[1], soft, hard)
 
 
+@dataclass(frozen=True, slots=True)
+class RegistryLimit:
+    """How much of a registry this node takes at once; 0 is no limit."""
+
+    host: str
+    layers: int = 0
+    rate: int = 0  # bytes per second
+
+    def __str__(self) -> str:
+        rate = f" rate={self.rate}" if self.rate else ""
+        return self.host + (f" layers={self.layers}" if self.layers else "") + rate
+
+
+def _registry_limit(value: Any) -> RegistryLimit:
+    match = re.fullmatch(r"([A-Za-z0-9.:\[\]-]+)(?: layers=(\d{1,3}))?(?: rate=(\d+)([KMGT]iB|B|))?", _text(value))
+    if match is None or match[2] is match[3] is None:
+        raise ValueError
+    rate = int(match[3] or 0) * (_UNITS_BYTES[match[4]] if match[3] else 1)
+    return RegistryLimit(match[1], int(match[2] or 0), rate)
+
+
 def _scalar(expected: str, parse: Callable[[Any], T], to_toml: Callable[[T], Any] = lambda value: value) -> Kind[T]:
     return Kind(expected, parse, lambda text: text, to_toml)
 
@@ -300,3 +321,6 @@ CAPABILITIES: Kind[tuple[str, ...]] = _texts('a list of capabilities such as "NE
 ENVIRONMENT: Kind[tuple[tuple[str, str], ...]] = _texts('a list of "NAME=VALUE"', _pair, _joined)
 SYSCTLS: Kind[tuple[tuple[str, str], ...]] = _texts('a list of "SYSCTL=VALUE"', _sysctl, _joined)
 ULIMITS: Kind[tuple[Ulimit, ...]] = _texts('a list of "NAME=SOFT:HARD" such as "nofile=1024:524288"', _ulimit)
+REGISTRY_LIMITS: Kind[tuple[RegistryLimit, ...]] = _texts(
+    'a list of "HOST[:PORT] layers=COUNT rate=SIZE", one of the two at least', _registry_limit
+)

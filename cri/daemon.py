@@ -33,6 +33,7 @@ from cri.api.runtime.v1 import api_pb2_grpc
 from cri.changes import Changes
 from cri.config import Config
 from cri.image_service.images import Images, ImageSettings
+from cri.image_service.limits import RegistryLimit
 from cri.image_service.service import ImageService
 from cri.node_service import NodeService
 from cri.runtime_service.checkpoints import ContainerCheckpoints
@@ -174,8 +175,9 @@ class Daemon:
         """Answer on the socket, and start what goes on beside it."""
         self._runtime_health = await self._canary()
         early = start_early(self._streams)
+        bundle = self._images.load_bundle(self._config.image.bundle_dir)
         keep_alive = systemd.keep_alive(self._is_well)
-        for work in (early, self._follow_events(), self._watch_runtime(), self._watch_hooks(), keep_alive):
+        for work in (early, bundle, self._follow_events(), self._watch_runtime(), self._watch_hooks(), keep_alive):
             stack.push_async_callback(_cancelled, asyncio.create_task(work))
         self._layers.start()
         stack.push_async_callback(self._layers.close)
@@ -300,6 +302,16 @@ class Daemon:
         gauge("pod_sandboxes", "Pod sandboxes that lists show.", lambda: len(self._sandboxes.all()))
         gauge("containers", "Containers that lists show.", lambda: len(self._containers.all()))
         gauge("images", "Images in the store.", lambda: len(self._images.list()))
+        totals = self._images.totals
+        gauge("image_pulls", "Pulls and loads of images under way.", lambda: len(self._images.pulls()))
+        gauge("image_layers_waiting", "Image layers that wait for their turn.", lambda: self._images.waiting)
+        gauge("image_layers_unverified", "Image layers to verify before use.", lambda: self._images.suspects)
+        gauge("image_layers_pulled", "Image layers fetched and unpacked since the start.", lambda: totals.layers)
+        gauge(
+            "image_layers_failed", "Image layers that could not be had since the start.", lambda: totals.failed_layers
+        )
+        gauge("image_layers_damaged", "Image layers found damaged since the start.", lambda: totals.damaged_layers)
+        gauge("image_fetched_bytes", "Bytes of layers fetched since the start.", lambda: totals.fetched_bytes)
         gauge("changes_running", "Changes of state under way.", lambda: len(self._changes.running()))
 
     def _inspect(self) -> Mapping[str, Any]:
@@ -361,7 +373,7 @@ async def default_handler(config: Config, handlers: Mapping[str, Runtime]) -> st
 async def _build(config: Config, stack: contextlib.AsyncExitStack) -> Daemon:
     """Every part in the order in which they need each other; `stack` takes what closes them."""
     root, run_dir = config.crito.root, config.crito.run_dir
-    await stack.enter_async_context(_locked(root, run_dir))
+    await stack.enter_async_context(locked(root, run_dir))
     driver = _driver(config)
     await _load_apparmor_profile()
     here = node.detect()
@@ -370,7 +382,7 @@ async def _build(config: Config, stack: contextlib.AsyncExitStack) -> Daemon:
     database = Database(root / "state.db")
     stack.callback(database.close)
     clock, events = Clock(), Bus[Event]()
-    images = await Images.open(_image_settings(config))
+    images = await Images.open(image_settings(config))
     stack.push_async_callback(images.close)
     fork_server = await ForkServer.ensure(run_dir)
     network = PodNetwork(
@@ -441,7 +453,7 @@ async def _build(config: Config, stack: contextlib.AsyncExitStack) -> Daemon:
 
 
 @contextlib.asynccontextmanager
-async def _locked(root: Path, run_dir: Path) -> AsyncIterator[None]:
+async def locked(root: Path, run_dir: Path) -> AsyncIterator[None]:
     """Make both directories and hold each for this daemon alone. Raises FailedPrecondition when another has one."""
     with contextlib.ExitStack() as stack:
         for directory, mode in ((root, 0o711), (run_dir, 0o711)):
@@ -536,7 +548,7 @@ def _stream_settings(config: Config) -> StreamSettings:
     return StreamSettings(streaming.address, streaming.port, streaming.idle_timeout, tls)
 
 
-def _image_settings(config: Config) -> ImageSettings:
+def image_settings(config: Config) -> ImageSettings:
     image = config.image
     return ImageSettings(
         root=config.crito.root / "images",
@@ -547,6 +559,7 @@ def _image_settings(config: Config) -> ImageSettings:
         certs_dir=image.certs_dir,
         pinned_images=image.pinned_images,
         max_parallel_layers=image.max_parallel_layers,
+        registry_limits={each.host: RegistryLimit(each.layers, each.rate) for each in image.registry_limits},
         connect_timeout_s=image.pull_connect_timeout,
         progress_timeout_s=image.pull_progress_timeout,
     )

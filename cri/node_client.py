@@ -8,7 +8,22 @@ from typing import Any
 import grpc
 
 from cri.api.runtime.v1 import api_pb2_grpc
-from cri.node_messages import SERVICE, ImageEvent, Inspect, LoadImage, PullImage, decoder, encode
+from cri.node_messages import (
+    SERVICE,
+    CancelPull,
+    DamagedLayer,
+    ImageEvent,
+    ImageSummary,
+    Inspect,
+    LoadImage,
+    PinImage,
+    PullImage,
+    Pulls,
+    PullStatus,
+    VerifyImages,
+    decoder,
+    encode,
+)
 from oci.errors import DeadlineExceeded, Error, NotFound, Unavailable
 
 SHORT_TIMEOUT_S = 10.0
@@ -39,6 +54,27 @@ class NodeClient:
 
     def load(self, request: LoadImage) -> Iterator[ImageEvent]:
         return self._stream("LoadImage", request)
+
+    def pulls(self) -> list[PullStatus]:
+        answer: list[PullStatus] = self._ask("Pulls", Pulls(), list[PullStatus])
+        return answer
+
+    def cancel_pull(self, reference: str) -> int:
+        """How many pulls were ended."""
+        return int(self._ask("CancelPull", CancelPull(reference), int))
+
+    def pin(self, reference: str, pinned: bool) -> ImageSummary:
+        answer: ImageSummary = self._ask("PinImage", PinImage(reference, pinned), ImageSummary)
+        return answer
+
+    def verify(self, repair: bool) -> Iterator[DamagedLayer]:
+        yield from self._channel.unary_stream(f"/{SERVICE}/VerifyImages", encode, decoder(DamagedLayer))(
+            VerifyImages(repair)
+        )
+
+    def _ask(self, method: str, request: Any, kind: Any) -> Any:
+        call = self._channel.unary_unary(f"/{SERVICE}/{method}", encode, decoder(kind))
+        return call(request, timeout=SHORT_TIMEOUT_S)
 
     def inspect(self) -> dict[str, Any]:
         call = self._channel.unary_unary(f"/{SERVICE}/Inspect", encode, decoder(dict[str, Any]))

@@ -45,6 +45,61 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Pulls:
+    """Asks for the pulls and loads under way: a list of PullStatus."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStatus:
+    """A layer that was not here when its pull began."""
+
+    digest: str
+    phase: str  # queued, fetching, unpacking, committing, done, failed
+    queue_position: int  # from 1; 0 where it does not wait
+    fetched_bytes: int
+    total_bytes: int
+    unpacked_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PullStatus:
+    reference: str
+    seconds: float
+    progress: Progress
+    rate_bytes_per_s: float
+    eta_seconds: float | None
+    layers: tuple[LayerStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CancelPull:
+    """Asks to end the pulls of an image; how many there were is the answer."""
+
+    reference: str
+
+
+@dataclass(frozen=True, slots=True)
+class PinImage:
+    reference: str
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyImages:
+    """Asks for each layer of the store that is damaged: a stream of DamagedLayer."""
+
+    repair: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedLayer:
+    diff_id: str
+    images: tuple[str, ...]
+    found: str
+    outcome: str = ""  # of the repair, where one was asked for
+
+
+@dataclass(frozen=True, slots=True)
 class ImageSummary:
     id: str
     repo_tags: tuple[str, ...]

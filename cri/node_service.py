@@ -1,6 +1,7 @@
 """Serves `crito.v1.Node` (see node_messages.py): the command line's image work, and how the daemon is."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,22 @@ import grpc.aio
 from cri.changes import Changes
 from cri.image_service.auth import Credentials
 from cri.image_service.images import Image, Images
-from cri.image_service.images import Progress as ImagesProgress
+from cri.image_service.progress import Progress as ImagesProgress
 from cri.node_messages import (
     SERVICE,
+    CancelPull,
+    DamagedLayer,
     ImageEvent,
     ImageSummary,
     Inspect,
+    LayerStatus,
     LoadImage,
+    PinImage,
     Progress,
     PullImage,
+    Pulls,
+    PullStatus,
+    VerifyImages,
     decoder,
     encode,
 )
@@ -41,6 +49,10 @@ class NodeService:
         methods = {
             "PullImage": grpc.unary_stream_rpc_method_handler(self.PullImage, decoder(PullImage), encode),
             "LoadImage": grpc.unary_stream_rpc_method_handler(self.LoadImage, decoder(LoadImage), encode),
+            "Pulls": grpc.unary_unary_rpc_method_handler(self.Pulls, decoder(Pulls), encode),
+            "CancelPull": grpc.unary_unary_rpc_method_handler(self.CancelPull, decoder(CancelPull), encode),
+            "PinImage": grpc.unary_unary_rpc_method_handler(self.PinImage, decoder(PinImage), encode),
+            "VerifyImages": grpc.unary_stream_rpc_method_handler(self.VerifyImages, decoder(VerifyImages), encode),
             "Inspect": grpc.unary_unary_rpc_method_handler(self.Inspect, decoder(Inspect), encode),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
@@ -67,6 +79,19 @@ class NodeService:
         async for event in _events(load):
             yield event
 
+    async def Pulls(self, request: Pulls, context: Context) -> list[PullStatus]:
+        return [_status(each) for each in self._images.pulls()]
+
+    async def CancelPull(self, request: CancelPull, context: Context) -> int:
+        return await self._images.cancel(request.reference)
+
+    async def PinImage(self, request: PinImage, context: Context) -> ImageSummary:
+        return _summary(await self._images.pin(request.reference, request.pinned))
+
+    async def VerifyImages(self, request: VerifyImages, context: Context) -> AsyncIterator[DamagedLayer]:
+        async for damage in self._images.verify(request.repair):
+            yield DamagedLayer(damage.diff_id, damage.images, damage.found, damage.outcome)
+
     async def Inspect(self, request: Inspect, context: Context) -> Mapping[str, Any]:
         return self._inspect()
 
@@ -78,14 +103,7 @@ class _Told:
         self._latest: Progress | None = None
 
     def tell(self, progress: ImagesProgress) -> None:
-        self._latest = Progress(
-            progress.phase,
-            progress.layers_done,
-            progress.layers_total,
-            progress.bytes_fetched,
-            progress.bytes_total,
-            progress.bytes_unpacked,
-        )
+        self._latest = _progress(progress)
 
     def take(self) -> Progress | None:
         latest, self._latest = self._latest, None
@@ -101,11 +119,41 @@ async def _events(work: Callable[[_Told], Coroutine[Any, Any, tuple[Image, ...]]
             await asyncio.wait([task], timeout=PROGRESS_INTERVAL_S)
             if progress := told.take():
                 yield ImageEvent(progress=progress)
-        yield ImageEvent(images=tuple(_summary(image) for image in task.result()))
+        images = task.result()
+        if progress := told.take():  # the last word: that all has come
+            yield ImageEvent(progress=progress)
+        yield ImageEvent(images=tuple(_summary(image) for image in images))
     finally:
         if not task.done():
             task.cancel()
             await asyncio.wait([task])
+
+
+def _progress(progress: ImagesProgress) -> Progress:
+    return Progress(
+        progress.phase,
+        progress.layers_done,
+        progress.layers_total,
+        progress.bytes_fetched,
+        progress.bytes_total,
+        progress.bytes_unpacked,
+    )
+
+
+def _status(pull: ImagesProgress) -> PullStatus:
+    layers = tuple(
+        LayerStatus(
+            layer.digest or layer.diff_id,
+            str(layer.phase),
+            layer.queue_position,
+            layer.bytes_fetched,
+            layer.size_bytes,
+            layer.bytes_unpacked,
+        )
+        for layer in pull.layers
+    )
+    seconds = time.monotonic() - pull.started_at
+    return PullStatus(pull.reference, seconds, _progress(pull), pull.rate_bytes_per_s, pull.eta_s, layers)
 
 
 def _summary(image: Image) -> ImageSummary:

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _ID_PREFIX_LENGTH = 4
+_SETTLE_S = 10.0
 _LARGE_CONFIG = 1 << 18  # characters, from which parsing is a thread's work
 
 
@@ -187,6 +188,8 @@ class Images:
         await self._pulls.cancel_all()
         await self._layer_work.cancel_all()
         await self._checks.cancel_all()
+        if self._settling:  # whole layers are worth the wait for the disk
+            await asyncio.wait(self._settling.values(), timeout=_SETTLE_S)
         await self._syncs.close()
         await self._workers.close()
         while self._tasks:
@@ -247,6 +250,11 @@ class Images:
     def pulls(self) -> tuple[Progress, ...]:
         """How far each pull and load under way is."""
         return tuple(self._progress.values())
+
+    @property
+    def waiting(self) -> int:
+        """How many layers wait for their turn."""
+        return self._slots.waiting
 
     @property
     def worker_pids(self) -> tuple[int, ...]:
@@ -438,6 +446,22 @@ class Images:
             loaded.append(await self._complete(image, config, layers, names, progress))
         return tuple(loaded)
 
+    async def load_bundle(self, directory: Path | None) -> None:
+        """Loads all that lies in `directory`, and pins it; what cannot be loaded is logged. None is no directory."""
+        if directory is None:
+            return
+        try:
+            paths = await asyncio.to_thread(lambda: sorted(directory.iterdir()))
+        except OSError as error:
+            log.error("cannot read the bundle directory %s: %s", directory, error.strerror)
+            return
+        for path in paths:
+            try:
+                for image in await self.load(path):
+                    await self.pin(image.id, True)
+            except (Error, OSError) as error:
+                log.error("cannot load %s: %s", path, error)
+
     # ---- from documents to an image
 
     async def _complete(
@@ -527,7 +551,7 @@ class Images:
                     raise
                 continue  # another pull's source failed it; ours may not
             progress.layers_done += 1
-            progress.changed()
+            progress.arrived(layer.diff_id)
 
     async def _fetch(self, layer: _Layer, progress: Progress) -> None:
         """Fetches and unpacks one layer in a worker, then commits it. On any error nothing of it stays in sight."""
@@ -551,6 +575,7 @@ class Images:
             progress.changed()
             record = LayerRecord(layer.diff_id, made["size_bytes"], made["inodes"], tuple(made["implied"]))
             settling = self._settling[layer.diff_id] = self._spawn(self._settle(temporary, record))
+            settling.add_done_callback(lambda _: self._settling.pop(layer.diff_id, None))
             await asyncio.shield(settling)
         except BaseException as error:
             shown.phase = LayerPhase.FAILED
@@ -571,8 +596,6 @@ class Images:
         except BaseException:
             self._discard(temporary)
             raise
-        finally:
-            self._settling.pop(record.diff_id, None)
 
     async def _commit(self, temporary: Path, record: LayerRecord) -> None:
         def commit() -> None:
@@ -717,7 +740,7 @@ class Images:
                     troubles.append(str(error))
         for image_id in [each for each, layers in self._layers_of.items() if diff_id in layers]:
             if image_id in self._images:
-                await self._finished(self._remove(image_id))
+                await self._finished(self._remove(image_id, keep_layers=True))
         reason = troubles[0] if troubles else "none of its images has a name to fetch it by"
         raise Unavailable(
             f"layer {diff_id} was damaged by an unclean shutdown and could not be fetched again: {reason}"
@@ -759,7 +782,7 @@ class Images:
         if image is not None:
             await self._finished(self._remove(image.id))
 
-    async def _remove(self, image_id: str) -> None:
+    async def _remove(self, image_id: str, keep_layers: bool = False) -> None:
         async with self._catalog:
             if image_id not in self._images:
                 return
@@ -767,17 +790,20 @@ class Images:
             del self._images[image_id]
             for name in [name for name in self._names.values() if name.image_id == image_id]:
                 del self._names[name.name]
-        await self._forget_unheld(image_id)
+        await self._forget_unheld(image_id, keep_layers)
 
-    async def _forget_unheld(self, image_id: str) -> None:
-        """Ends an image that was removed, unless a container still holds it."""
+    async def _forget_unheld(self, image_id: str, keep_layers: bool = False) -> None:
+        """Ends an image that was removed, unless a container still holds it; its layers may wait for a next pull."""
         async with self._catalog:
             if self._references.is_held(image_id) or image_id in self._images or image_id not in self._layers_of:
                 return
             layers = self._layers_of.pop(image_id)
             self._references.drop_image(image_id)
             await self._db(self._store.remove_image, image_id)
-        self._free(layers)
+        if keep_layers:
+            self._free_later(layers)
+        else:
+            self._free(layers)
 
     def hold(self, image_id: str, holder: str) -> None:
         """`holder` (a container's id) uses the image's layers until `release`, also when the image is removed."""

@@ -62,6 +62,14 @@ class Progress:
         layer.bytes_fetched, layer.bytes_unpacked = fetched, unpacked
         self.changed()
 
+    def arrived(self, diff_id: str) -> None:
+        """The layer is there, whoever fetched it."""
+        for each in self.layers:
+            if each.diff_id == diff_id:
+                each.phase = LayerPhase.DONE
+                self.count(each, each.size_bytes, each.bytes_unpacked)
+        self.changed()
+
     @property
     def rate_bytes_per_s(self) -> float:
         return self.bytes_fetched / max(0.001, time.monotonic() - self.started_at)

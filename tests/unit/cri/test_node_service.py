@@ -11,7 +11,8 @@ import grpc.aio
 import pytest
 
 from cri.changes import Changes
-from cri.image_service.images import Image, Progress
+from cri.image_service.images import Image
+from cri.image_service.progress import Progress
 from cri.node_messages import SERVICE, ImageEvent, Inspect, LoadImage, PullImage, decoder, encode
 from cri.node_service import NodeService
 from cri.server import Edge

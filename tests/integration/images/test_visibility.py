@@ -1,0 +1,165 @@
+"""Pulls can be watched, bounded and ended, images pinned at run time, and the daemon's loop never waits for them."""
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cri.image_service.images import Images, ImageSettings
+from cri.image_service.limits import RegistryLimit
+from cri.image_service.progress import LayerPhase, Progress
+from oci.errors import Unavailable
+from tests.fakes import layers
+from tests.fakes.layers import directory, file, tar
+from tests.fakes.registry import FakeRegistry, after
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="layers hold owners and device nodes")
+
+NAME = "example.test/team/app"
+
+
+@pytest.fixture
+def registry() -> Iterator[FakeRegistry]:
+    with FakeRegistry() as served:
+        yield served
+
+
+def settings(tmp_path: Path, registry: FakeRegistry, **changes: Any) -> ImageSettings:
+    conf = tmp_path / "registries.conf"
+    conf.write_text(f'[[registry]]\nprefix = "example.test"\nlocation = "{registry.address}"\ninsecure = true\n')
+    return ImageSettings(root=tmp_path / "images", registries_conf=conf, read_timeout_s=5, **changes)
+
+
+def run(with_settings: ImageSettings, story: Callable[[Images], Awaitable[Any]]) -> Any:
+    async def whole() -> Any:
+        images = await Images.open(with_settings)
+        try:
+            return await story(images)
+        finally:
+            await images.close()
+
+    return asyncio.run(whole())
+
+
+def three_layers() -> layers.Built:
+    return layers.image([tar([directory("d"), file(f"d/{at}", os.urandom(100_000))]) for at in range(3)])
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not is_so():  # noqa: ASYNC110 (what changes has no event)
+            await asyncio.sleep(0.01)
+
+
+def test_layers_show_their_phase_and_their_place_in_the_queue_of_a_busy_registry(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    registry.add("team/app", "1", three_layers())
+    registry.trouble["blobs/.*"] = after(0.3)
+    limits = {registry.address: RegistryLimit(parallel_layers=1)}
+
+    async def story(images: Images) -> None:
+        last: list[Progress] = []
+        pull = asyncio.create_task(images.pull(f"{NAME}:1", on_progress=last.append))
+        await until(lambda: images.waiting == 2)
+        (progress,) = images.pulls()
+        assert sorted(layer.queue_position for layer in progress.layers) == [0, 1, 2]
+        assert [layer.phase for layer in progress.layers].count(LayerPhase.QUEUED) == 2
+        await pull
+        assert last[-1].bytes_fetched == last[-1].bytes_total
+        assert {layer.phase for layer in last[-1].layers} == {LayerPhase.DONE}
+
+    run(settings(tmp_path, registry, registry_limits=limits), story)
+
+
+def test_a_registrys_rate_bounds_all_its_layers_together(tmp_path: Path, registry: FakeRegistry) -> None:
+    registry.add("team/app", "1", three_layers())
+    limits = {registry.address: RegistryLimit(bytes_per_s=150_000)}
+
+    async def story(images: Images) -> float:
+        began = time.monotonic()
+        await images.pull(f"{NAME}:1")
+        return time.monotonic() - began
+
+    assert run(settings(tmp_path, registry, registry_limits=limits), story) > 300_000 / 150_000 - 0.5
+
+
+def test_a_pull_can_be_ended_by_its_name_whoever_waits_for_it(tmp_path: Path, registry: FakeRegistry) -> None:
+    built = registry.add("team/app", "1", three_layers())
+    registry.trouble[layers.digest(built.layers[1])] = after(3)
+
+    async def story(images: Images) -> None:
+        pull = asyncio.create_task(images.pull(f"{NAME}:1"))
+        await until(lambda: any(each.layers for each in images.pulls()))
+        assert await images.cancel(f"{NAME}:2") == 0
+        assert await images.cancel(f"{NAME}:1") == 1
+        with pytest.raises(Unavailable, match="was cancelled by the node's administrator"):
+            await pull
+        assert images.pulls() == ()
+        registry.trouble.clear()
+        assert (await images.pull(f"{NAME}:1")).id == built.id
+
+    run(settings(tmp_path, registry), story)
+
+
+def test_pins_made_at_run_time_survive_a_restart_and_go_with_the_image(tmp_path: Path, registry: FakeRegistry) -> None:
+    registry.add("team/app", "1", three_layers())
+    where = settings(tmp_path, registry, pinned_images=(f"{NAME}*",))
+
+    async def unpin(images: Images) -> None:
+        assert (await images.pull(f"{NAME}:1")).pinned
+        assert not (await images.pin(f"{NAME}:1", False)).pinned
+
+    async def again(images: Images) -> None:
+        assert not images.resolve(f"{NAME}:1").pinned
+        assert (await images.pin(f"{NAME}:1", True)).pinned
+        await images.remove(f"{NAME}:1")
+        assert (await images.pull(f"{NAME}:1")).pinned
+
+    run(where, unpin)
+    run(where, again)
+
+
+def test_a_bundle_directory_is_loaded_and_pinned_and_what_is_no_image_is_passed_over(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    bundle = tmp_path / "bundle"
+    layers.write_oci_layout(bundle / "one", three_layers(), "example.test/bundled:1")
+    (bundle / "README").write_text("not an image")
+
+    async def story(images: Images) -> None:
+        await images.load_bundle(bundle)
+        assert [image.pinned for image in images.list("example.test/bundled:1")] == [True]
+        await images.load_bundle(tmp_path / "missing")
+
+    run(settings(tmp_path, registry), story)
+
+
+def test_the_daemons_loop_is_never_busy_for_10_ms_with_a_pull(
+    tmp_path: Path, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processor time of each step of the loop: waiting for the processor is not of our making."""
+    plain = tar([file(f"f{at}", os.urandom(200)) for at in range(3000)])
+    registry.add("team/app", "1", layers.image([plain, *(tar([file(str(at), b"x" * 9000)]) for at in range(5))]))
+    steps: list[float] = []
+    step = asyncio.events.Handle._run
+
+    def timed(handle: asyncio.Handle) -> None:
+        began = time.thread_time()
+        step(handle)
+        steps.append(time.thread_time() - began)
+
+    async def story(images: Images) -> None:
+        await images.pull(f"{NAME}:1")  # what is imported and warmed up at the first pull is not of the pull
+        await images.remove(f"{NAME}:1")
+        monkeypatch.setattr(asyncio.events.Handle, "_run", timed)
+        await images.pull(f"{NAME}:1")
+        monkeypatch.undo()
+
+    run(settings(tmp_path, registry), story)
+    assert len(steps) > 20
+    assert max(steps) < 0.010
