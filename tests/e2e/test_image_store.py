@@ -1,0 +1,63 @@
+"""The commands that look after the image store, against a real daemon and without one."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.e2e.harness.daemon import CRITO, Daemon
+
+
+def crito(daemon: Daemon, *words: str) -> "subprocess.CompletedProcess[str]":
+    command = [str(CRITO), *words, "--config", str(daemon.directory / "crito.toml")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_store_is_verified_healed_pinned_and_wiped_by_commands(
+    make_daemon: Callable[..., Daemon], busybox: str
+) -> None:
+    daemon, reference = make_daemon(), busybox
+    assert crito(daemon, "images", "pulls").stdout == "nothing is being pulled\n"
+    assert crito(daemon, "images", "cancel", reference).returncode == 1
+    assert crito(daemon, "images", "pin", reference).returncode == 0
+    assert crito(daemon, "check", "--images").returncode == 0
+
+    program = next(daemon.root.glob("images/layers/*/diff/bin/busybox"))
+    damage(program)
+    found = crito(daemon, "check", "--images", "--json")
+    assert found.returncode == 1
+    assert json.loads(found.stdout)["found"].startswith("bin/busybox: ")
+    daemon.stop()
+    healed = crito(daemon, "check", "--repair")
+    assert (healed.returncode, "repaired" in healed.stdout) == (0, True), healed
+    daemon.start()
+
+    client = daemon.client()
+    pod = client.run_pod("web")
+    client.run(pod, reference, ["sleep", "1000"])
+    refused = crito(daemon, "wipe")
+    assert refused.returncode == 1
+    assert "1 containers run on this node; --force ends and removes them" in refused.stderr
+    assert crito(daemon, "wipe", "--force").stdout == "removed 1 pods and 1 images\n"
+    assert list(client.pods()) == []
+
+
+def test_a_container_is_made_from_a_healed_image_after_a_power_loss(
+    make_daemon: Callable[..., Daemon], busybox: str
+) -> None:
+    daemon, reference = make_daemon(), busybox
+    daemon.kill()
+    (daemon.root / "images/running").write_text("the boot before")
+    damage(next(daemon.root.glob("images/layers/*/diff/bin/busybox")))
+    daemon.start()
+    client = daemon.client()
+
+    pod = client.run_pod("web")
+    container_id = client.run(pod, reference, ["sh", "-c", "echo healed"])
+    assert client.wait_exited(container_id).exit_code == 0
+    client.remove_pod(pod.id)
+
+
+def damage(program: Path) -> None:
+    content = program.read_bytes()
+    program.write_bytes(bytes(4096) + content[4096:])
