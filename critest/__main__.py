@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     with tempfile.TemporaryDirectory(prefix="critest-", ignore_cleanup_errors=True) as folder, hugetlb_hierarchy():
         home = Path(folder)
+        home.chmod(0o711)  # as /run and /var/lib: roots of user namespaces pass through
         daemon = Daemon(home / "d", _settings(arguments.handler, home))
         try:
             daemon.registries_conf.write_text(_mirrors(arguments.registry))

@@ -445,7 +445,7 @@ def _resources(
     limits = _limits(spec.resources, node, features)
     is_v2 = node.cgroups.version is cgroup.Version.V2  # on v1, crun writes the -1 as it is, and the kernel refuses it
     if is_v2 and "pids" in node.cgroups.controllers and "pids.max" not in spec.resources.unified:
-        # Kubelet limits the pod; systemd would give each scope its DefaultTasksMax, which crun's "unlimited" leaves.
+        # Kubelet limits the pod; systemd would give each scope its DefaultTasksMax.
         limits["pids"] = {"limit": _PIDS}
     return {"devices": rules, **limits}
 
@@ -538,6 +538,9 @@ def _annotations(spec: ContainerSpec, pod: PodEnvironment, placement: Placement)
         "io.kubernetes.cri-o.ContainerType": kind,
         "io.kubernetes.cri-o.SandboxID": pod.sandbox_id,
     }
+    if ".slice:" in placement.cgroups_path and "pids.max" not in spec.resources.unified:
+        # A scope of systemd's, which crun leaves at DefaultTasksMax whatever the pids limit is.
+        ours["org.systemd.property.TasksMax"] = f"uint64 {_PIDS}"
     return {**placement.annotations, **{name: value for name, value in ours.items() if value}}
 
 

@@ -35,6 +35,7 @@ def directory() -> Iterator[Path]:
     if missing := _missing():
         pytest.skip(missing)
     with tempfile.TemporaryDirectory(prefix="crito-e2e-", ignore_cleanup_errors=True) as name:
+        Path(name).chmod(0o711)  # as /run and /var/lib: roots of user namespaces pass through
         yield Path(name)
 
 

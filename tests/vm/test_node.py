@@ -165,7 +165,8 @@ def test_memory_beyond_the_limit_in_a_child_is_told_as_well(client: Client, pod:
 def test_only_kubelet_limits_the_number_of_processes(client: Client, pod: Pod, busybox: str) -> None:
     """systemd would give every scope 15 % of what the node can have."""
     top = scope(client.run(pod, busybox, FOR_EVER))
-    assert {each.read_text().strip() for each in (top / "pids.max", *top.glob("*/pids.max"))} == {"max"}
+    found = {each.read_text().strip() for each in (top / "pids.max", *top.glob("*/pids.max"))}
+    assert found <= {"max", str(4 << 20)}
 
 
 # AppArmor

@@ -30,7 +30,7 @@ class Client:
             ("grpc.default_authority", "localhost"),
             ("grpc.max_receive_message_length", 16 << 20),  # as kubelet's
             ("grpc.initial_reconnect_backoff_ms", 50),
-            ("grpc.min_reconnect_backoff_ms", 50),
+            ("grpc.min_reconnect_backoff_ms", 10000),  # also the time that connecting may take
             ("grpc.max_reconnect_backoff_ms", 200),
         ]
         self.channel = grpc.insecure_channel(f"unix://{socket}", options=options)
