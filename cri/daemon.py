@@ -55,12 +55,12 @@ from oci.container import ContainerRecord
 from oci.containers import Containers, ContainerSettings
 from oci.errors import Error, FailedPrecondition, InvalidArgument, Unavailable
 from oci.events import Bus, Event, EventKind
+from oci.fork_server import ForkServer
 from oci.handlers import Handler, Handlers
 from oci.hook_files import HookFiles
 from oci.image_volumes import ImageVolumes
 from oci.linux import cgroup, lsm, node
 from oci.linux.systemd import Systemd
-from oci.monitor_client import ForkServer
 from oci.rootfs import Rootfs
 from oci.runtime import Runtime
 from oci.spec import Defaults

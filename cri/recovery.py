@@ -8,7 +8,7 @@ from oci.bundle import Bundles
 from oci.container_spec import ContainerId
 from oci.containers import Containers
 from oci.linux import proc
-from oci.monitor_client import remove_pins
+from oci.pause import remove_pins
 from oci.rootfs import Rootfs
 from oci.state import Database
 from sandbox import files

@@ -36,6 +36,8 @@ from oci.errors import (
     Unavailable,
 )
 from oci.events import Bus, Event, EventKind
+from oci.exit_records import ExitRecord, forget_orphan_exits, read_exit_record, wait_orphan_exit
+from oci.fork_server import DEFAULT_ENVIRONMENT, ForkServer, MonitorRequest
 from oci.handlers import Handler, Handlers
 from oci.hook_files import HookFiles
 from oci.hooks import Adjusted, ContainerHooks, NoContainerHooks
@@ -43,18 +45,7 @@ from oci.image import ImageConfig
 from oci.image_volumes import ImageMount, ImageVolumes
 from oci.linux import cgroup, passwd, proc, tree
 from oci.linux.node import Node
-from oci.monitor_client import (
-    DEFAULT_ENVIRONMENT,
-    ExecResult,
-    ExitRecord,
-    ForkServer,
-    InitProcess,
-    Monitor,
-    MonitorRequest,
-    forget_orphan_exits,
-    read_exit_record,
-    wait_orphan_exit,
-)
+from oci.monitor_client import ExecResult, InitProcess, Monitor
 from oci.rootfs import Rootfs, Shift
 from oci.runtime import Runtime
 from oci.state import Records, Unreadable

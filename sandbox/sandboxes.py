@@ -23,8 +23,9 @@ from oci.container_spec import NamespaceMode, PodEnvironment, Resources, Sandbox
 from oci.containers import Containers
 from oci.errors import AlreadyExists, Error, FailedPrecondition, NotFound
 from oci.events import Bus, Event, EventKind
+from oci.fork_server import ForkServer, PodRequest
 from oci.linux import proc
-from oci.monitor_client import ForkServer, PodRequest, kill_pause, read_pod_process, remove_pins
+from oci.pause import kill_pause, read_pod_process, remove_pins
 from oci.state import Records, Unreadable
 from sandbox import files, namespaces
 from sandbox.cgroup import PodCgroups

@@ -14,9 +14,10 @@ import msgspec
 from cri.streaming.control import SOCKET, encode_target
 from cri.streaming.settings import StreamSettings
 from cri.streaming.targets import Target, kind_of
-from oci import monitor_client
+from oci import monitor_client, monitor_connection
 from oci.errors import Error, ResourceExhausted, Unavailable
-from oci.monitor_client import DEFAULT_ENVIRONMENT, Connection
+from oci.fork_server import DEFAULT_ENVIRONMENT
+from oci.monitor_connection import Connection
 from oci.version import VERSION
 from sandbox.network import interfaces
 
@@ -101,7 +102,7 @@ class Streams:
 
     async def _start(self) -> None:
         main = Path(__file__).with_name("__main__.py")
-        with self._listen() as listener, monitor_client.listen(self._run_dir, SOCKET) as control:
+        with self._listen() as listener, monitor_connection.listen(self._run_dir, SOCKET) as control:
             log = _open_log(self._run_dir / LOG)
             try:
                 await asyncio.create_subprocess_exec(
@@ -146,7 +147,12 @@ async def _retire(connection: Connection) -> None:
 def program(settings: StreamSettings) -> str:
     """What makes one server another: our version, its modules' text, the Python that runs it, and its settings."""
     digest = hashlib.sha256(sys.version.encode())
-    sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(monitor_client.__file__), Path(interfaces.__file__)]
+    sources = [
+        *sorted(Path(__file__).parent.glob("*.py")),
+        Path(monitor_client.__file__),
+        Path(monitor_connection.__file__),
+        Path(interfaces.__file__),
+    ]
     for source in sources:
         digest.update(source.read_bytes())
     digest.update(json.dumps(msgspec.to_builtins(settings), sort_keys=True).encode())

@@ -54,7 +54,12 @@ def is_alive(pid: int, start_time: int) -> bool:
 
 def pidfd(pid: int, start_time: int) -> int:
     """A pidfd of that very process (which may be a zombie). Raises ProcessLookupError when it is gone."""
-    fd = os.pidfd_open(pid)
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # no pid, or one that is a thread's by now
+            raise ProcessLookupError(errno.ESRCH, f"process {pid} is gone") from error
+        raise
     found = stat(pid)
     if found is None or found.start_time != start_time:
         os.close(fd)

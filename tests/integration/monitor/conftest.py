@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from oci.errors import Error
+from oci.fork_server import ForkServer, MonitorRequest
 from oci.monitor import kernel
-from oci.monitor_client import ForkServer, Monitor, MonitorRequest, kill_pause, read_pod_process, remove_pins
+from oci.monitor_client import Monitor
+from oci.pause import kill_pause, read_pod_process, remove_pins
 
 RUNTIMES = ["crun", "runc"]
 BUSYBOX = Path("/usr/bin/busybox")

@@ -9,22 +9,15 @@ from typing import Any
 
 import pytest
 
-from oci import monitor_client
+from oci import fork_server
 from oci.container_spec import IdMapping
 from oci.errors import Error, Unavailable
+from oci.exit_records import read_exit_record, read_orphan_exit, wait_orphan_exit
+from oci.fork_server import ForkServer, PodRequest
+from oci.linux.proc import is_alive
 from oci.monitor import kernel
-from oci.monitor_client import (
-    ForkServer,
-    Monitor,
-    PodRequest,
-    is_alive,
-    kill_pause,
-    read_exit_record,
-    read_orphan_exit,
-    read_pod_process,
-    remove_pins,
-    wait_orphan_exit,
-)
+from oci.monitor_client import Monitor
+from oci.pause import kill_pause, read_pod_process, remove_pins
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 CATATONIT = "/usr/bin/catatonit"
@@ -248,7 +241,7 @@ def test_another_versions_fork_server_is_replaced_and_keeps_its_children(
             monitor = await w.started("c", ["sleep", "1000"])
             old = w.forks.pid
             await w.forks.close()
-            monkeypatch.setattr(monitor_client, "program", lambda: "another version")
+            monkeypatch.setattr(fork_server, "program", lambda: "another version")
 
             w.forks = await ForkServer.ensure(w.run_dir)
 

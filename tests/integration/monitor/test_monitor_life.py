@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from oci.errors import DeadlineExceeded, Error, FailedPrecondition, Unavailable
+from oci.exit_records import read_exit_record
+from oci.linux.proc import is_alive
 from oci.monitor import kernel
-from oci.monitor_client import Monitor, is_alive, read_exit_record
+from oci.monitor_client import Monitor
 
 
 def test_output_and_exit_code_are_kept(world: Any) -> None:

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from oci.errors import Unavailable
+from oci.exit_records import read_exit_record, wait_orphan_exit
+from oci.fork_server import PodRequest
 from oci.monitor import kernel
-from oci.monitor_client import Monitor, PodRequest, kill_pause, read_exit_record, wait_orphan_exit
+from oci.monitor_client import Monitor
+from oci.pause import kill_pause
 
 PODS = 20
 

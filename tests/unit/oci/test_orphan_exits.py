@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from oci.monitor_client import forget_orphan_exits, read_orphan_exit
+from oci.exit_records import forget_orphan_exits, read_orphan_exit
 
 RECORD = '{"pid": 7, "start_time": 70, "exit_code": 3, "signal": 0, "finished_at": 1}'
 
