@@ -84,7 +84,7 @@ def _start(folder: Path, registry: Registry, runtime: str) -> list[Peer]:
     program = Path(shutil.which(runtime) or runtime)
     ours = Daemon(folder / "a", {"runtime": {"default_handler": runtime}, "log": {"level": "info"}})
     ours.registries_conf.write_text(f'[[registry]]\nlocation = "{registry.host}"\ninsecure = true\n')
-    theirs = Containerd(folder / "b", program, _push_pause(registry))
+    theirs = Containerd(folder / "b", program, push_pause(registry))
     peers = []
     for name, daemon in (("crito", ours), ("containerd", theirs)):
         daemon.start()
@@ -98,7 +98,7 @@ def _start(folder: Path, registry: Registry, runtime: str) -> list[Peer]:
     return peers
 
 
-def _push_pause(registry: Registry) -> str:
+def push_pause(registry: Registry) -> str:
     """containerd's pause comes as an image; it gets the same program as ours."""
     blob, diff_id = layer([Entry("catatonit", CATATONIT.read_bytes(), 0o755)])
     config = {

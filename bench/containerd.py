@@ -53,10 +53,14 @@ class Containerd:
     def client(self) -> Client:
         return Client(self.socket, self.cgroup_parent, self.directory / "pod-logs", self.owned.ids)
 
-    def destroy(self) -> None:
+    def kill(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+            self.process = None
+
+    def destroy(self) -> None:
+        self.kill()
         destroy_owned(self.owned)
 
     def _answers(self) -> bool:

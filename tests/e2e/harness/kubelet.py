@@ -1,4 +1,4 @@
-"""A standalone kubelet (static pods from a directory, no API server) on a daemon's socket."""
+"""A kubelet on a runtime's socket, with static pods from a directory; a node of an API server where one is given."""
 
 import json
 import os
@@ -7,11 +7,12 @@ import subprocess
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tests.e2e.harness import cgroups
-from tests.e2e.harness.daemon import Daemon
+from tests.e2e.harness.client import Client
 from tests.e2e.harness.ports import free_port, wait_until
 
 PROGRAM = shutil.which("kubelet") or ""
@@ -27,10 +28,43 @@ SYSCTLS = (
 )
 
 
+class Runtime(Protocol):
+    """What a kubelet runs its pods by, and its tests ask."""
+
+    directory: Path
+    socket: Path
+    cgroup_parent: str
+
+    def start(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def client(self) -> Client: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """How a kubelet is a node of an API server."""
+
+    kubeconfig: Path
+    node: str
+    address: str  # of this machine, but not on the loopback interface: kubelet takes none of these
+
+
 class Kubelet:
-    def __init__(self, daemon: Daemon, feature_gates: Mapping[str, bool] | None = None) -> None:
+    """`settings` are fields of KubeletConfiguration, over those that are made here."""
+
+    def __init__(
+        self,
+        daemon: Runtime,
+        feature_gates: Mapping[str, bool] | None = None,
+        membership: Membership | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.daemon = daemon
         self.feature_gates = dict(feature_gates or {})
+        self.membership = membership
+        self.settings = dict(settings or {})
         self.directory = daemon.directory / "kubelet"
         self.manifests = self.directory / "manifests"
         self.log = self.directory / "log"
@@ -47,10 +81,12 @@ class Kubelet:
             f"--config={config}",
             f"--root-dir={self.directory}/root",
             f"--cert-dir={self.directory}/pki",
-            "--hostname-override=e2e",
-            "--node-ip=127.0.0.1",
+            f"--hostname-override={self.membership.node if self.membership else 'e2e'}",
+            f"--node-ip={self.membership.address if self.membership else '127.0.0.1'}",
             "--v=2",
         ]
+        if self.membership:
+            command.append(f"--kubeconfig={self.membership.kubeconfig}")
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -92,7 +128,9 @@ class Kubelet:
 
     def text(self, path: str) -> str:
         """What kubelet answers at `path`, such as "/metrics/cadvisor"."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.read_only_port}{path}", timeout=20) as answer:
+        with urllib.request.urlopen(
+            f"http://{self._config()['address']}:{self.read_only_port}{path}", timeout=20
+        ) as answer:
             body: bytes = answer.read()
             return body.decode()
 
@@ -119,7 +157,7 @@ class Kubelet:
             "podLogsDir": str(self.directory / "pod-logs"),
             "volumePluginDir": str(self.directory / "plugins"),
             "resolvConf": str(resolv),
-            "address": "127.0.0.1",
+            "address": self.membership.address if self.membership else "127.0.0.1",
             "port": self.port,
             "readOnlyPort": self.read_only_port,
             "healthzPort": 0,
@@ -138,16 +176,22 @@ class Kubelet:
             "imageGCHighThresholdPercent": 100,
             "imageGCLowThresholdPercent": 99,
             "shutdownGracePeriod": "0s",
-            "registerNode": False,
+            "registerNode": self.membership is not None,
             "featureGates": self.feature_gates,
+            **self.settings,
         }
 
 
 @contextmanager
-def running_kubelet(daemon: Daemon, feature_gates: Mapping[str, bool] | None = None) -> Iterator[Kubelet]:
+def running_kubelet(
+    daemon: Runtime,
+    feature_gates: Mapping[str, bool] | None = None,
+    membership: Membership | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Iterator[Kubelet]:
     """A kubelet, with the host's sysctls put back when it ends."""
     before = {name: Path("/proc/sys", name).read_text() for name in SYSCTLS if Path("/proc/sys", name).exists()}
-    kubelet = Kubelet(daemon, feature_gates)
+    kubelet = Kubelet(daemon, feature_gates, membership, settings)
     try:
         kubelet.start()
         yield kubelet
