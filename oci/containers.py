@@ -16,11 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from oci import cdi, cdi_edits, checkpoint_archive, checkpoint_worker, criu, host, spec, status
+from oci import checkpoint_archive, checkpoint_worker, criu, spec, status
 from oci.background import Background, until_done, with_last_repeated
 from oci.bundle import Bundles
 from oci.cdi import Cdi
-from oci.cdi_edits import Edits
 from oci.checkpoint_archive import Checkpoint
 from oci.clock import Clock
 from oci.container import Container, ContainerRecord
@@ -41,12 +40,12 @@ from oci.fork_server import DEFAULT_ENVIRONMENT, ForkServer, MonitorRequest
 from oci.handlers import Handler, Handlers
 from oci.hook_files import HookFiles
 from oci.hooks import Adjusted, ContainerHooks, NoContainerHooks
-from oci.image import ImageConfig
-from oci.image_volumes import ImageMount, ImageVolumes
-from oci.linux import cgroup, passwd, proc, tree
+from oci.image_volumes import ImageVolumes
+from oci.linux import cgroup, proc, signals, tree
 from oci.linux.node import Node
 from oci.monitor_client import ExecResult, InitProcess, Monitor
-from oci.rootfs import Rootfs, Shift
+from oci.preparation import ImageToRun, Preparation
+from oci.rootfs import Rootfs
 from oci.runtime import Runtime
 from oci.state import Records, Unreadable
 from oci.status import ContainerState
@@ -59,17 +58,6 @@ END_TIMEOUT_S = 5.0  # for processes that were killed to leave their cgroup
 DISCARD_WAIT_S = 5.0  # how long a failed CreateContainer waits for its own cleanup before it answers
 UNRESTORED_POLL_S = 0.2  # a restore that nobody waits for any more
 KILL_RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # after SIGKILL, until the kernel lets the process go
-
-
-@dataclass(frozen=True, slots=True)
-class ImageToRun:
-    """What a container needs of its image, and of the images that it mounts as volumes."""
-
-    id: str
-    ref: str  # how the status names it
-    config: ImageConfig
-    layers: tuple[Path, ...]  # lowest first
-    volumes: tuple[ImageMount, ...]
 
 
 class ImageHolds(Protocol):
@@ -113,14 +101,22 @@ class Containers:
         self._settings = settings
         self.cdi = Cdi(settings.cdi_spec_dirs)
         self.criu = Criu(settings.criu_path)
-        self._hook_files = HookFiles(settings.hooks_dirs)
         self._records = records
         self._handlers = handlers
         self._fork_server = fork_server
         self._bundles = bundles
         self._rootfs = rootfs
-        self._image_volumes = image_volumes
         self._node = node
+        self._preparation = Preparation(
+            settings.cgroup_driver,
+            settings.defaults,
+            self.cdi,
+            HookFiles(settings.hooks_dirs),
+            rootfs,
+            image_volumes,
+            node,
+            mounts,
+        )
         self._holds = holds
         self._events = events
         self._clock = clock
@@ -205,7 +201,7 @@ class Containers:
         existing = self._named(record)
         if existing is not None:
             return existing
-        _signal_number(record.stop_signal)
+        signals.number(record.stop_signal)
         container = self._by_id[id] = Container(record)
         self._by_name[record.full_name] = id
         try:
@@ -237,16 +233,13 @@ class Containers:
     async def _make(
         self, container: Container, pod: PodEnvironment, image: ImageToRun, checkpoint: Checkpoint | None
     ) -> None:
-        id, spec_ = container.id, container.record.spec
-        devices = await self._devices(spec_)
+        id = container.id
+        devices = await self._preparation.devices(container.record.spec)
         await self._records.put(id, container.record)
         self._hold_images(container.record)
         handler = self._handlers.resolve(container.record.runtime_handler)
-        found = await host.look_up(spec_, privileged_devices=not handler.privileged_without_host_devices)
         target_pid_ns = self._target_pid_ns(container.record)
-        user, config = await self._pooled(self._prepare, container.record, pod, image, found, handler, target_pid_ns)
-        config = cdi_edits.edited(config, devices, idmap_mounts=handler.features.idmap_mounts)
-        config = await self._pooled(self._hook_files.inject, config, *_asked_of_hooks(pod, spec_))
+        user, config = await self._preparation.build(container.record, pod, image, handler, devices, target_pid_ns)
         container.record = replace(container.record, user=user)
         if checkpoint is not None:
             config = checkpoint.applied_to(config)
@@ -285,49 +278,6 @@ class Containers:
             )
         )
         return await container.monitor.create(self._create_timeout_s(container))
-
-    async def _devices(self, wanted: ContainerSpec) -> Edits:
-        """What the container's CDI devices ask for; found before anything is made for it."""
-        names = cdi.requested(wanted.cdi_devices, wanted.annotations)
-        devices: Edits = await self._pooled(self.cdi.resolve, names) if names else Edits()
-        return devices
-
-    def _prepare(
-        self,
-        record: ContainerRecord,
-        pod: PodEnvironment,
-        image: ImageToRun,
-        found: host.HostObjects,
-        handler: Handler,
-        target_pid_ns: str,
-    ) -> tuple[passwd.User, dict[str, Any]]:
-        """Mount the root filesystem, build the runtime-spec; in a pool. What half of it leaves a release takes away."""
-        id, wanted = record.id, record.spec
-        shift = Shift(pod.user_namespace, pod.user_ns) if pod.user_namespace else None
-        rootfs = self._rootfs.mount(id, image.layers, shift=shift)
-        self._rootfs.make_working_directory(id, spec.working_directory(wanted, image.config), shift=shift)
-        mounted = [mount.container_path for mount in wanted.mounts]
-        user = passwd.resolve(rootfs, image.config.user, wanted.security)
-        config = spec.build(
-            wanted,
-            image.config,
-            pod,
-            self._node,
-            placement=spec.Placement(
-                container_id=id,
-                rootfs=rootfs,
-                user=user,
-                cgroups_path=cgroup.runtime_path(self._settings.cgroup_driver, record.cgroup_parent, id),
-                volumes=self._rootfs.make_volumes(id, image.config.volumes, mounted, shift=shift),
-                image_mounts=self._image_volumes.mount(id, image.volumes),
-                target_pid_ns=target_pid_ns,
-                annotations=handler.annotations({**pod.annotations, **wanted.annotations}),
-            ),
-            host=found,
-            features=handler.features,
-            defaults=self._defaults(handler),
-        )
-        return user, config
 
     def _write(self, record: ContainerRecord, config: dict[str, Any]) -> None:
         self._bundles.write(record.id, config)
@@ -478,7 +428,7 @@ class Containers:
         loop = asyncio.get_running_loop()
         assert container.stop_deadline is not None
         if container.state is ContainerState.RUNNING and container.stop_deadline > loop.time():
-            self._kill(container, _signal_number(container.record.stop_signal))
+            self._kill(container, signals.number(container.record.stop_signal))
             while (left := container.stop_deadline - loop.time()) > 0 and not container.exited.is_set():
                 container.stop_changed.clear()
                 await _first_of(container.exited.wait(), container.stop_changed.wait(), timeout_s=left)
@@ -641,8 +591,7 @@ class Containers:
         tree.remove(runtime.root / id)
 
     def _unmount(self, id: ContainerId) -> None:
-        self._image_volumes.unmount(id)
-        self._rootfs.unmount(id)
+        self._preparation.unmount(id)
         forget_orphan_exits(self._settings.run_dir.parent, self._running())
 
     def _running(self) -> list[tuple[int, int]]:
@@ -771,10 +720,6 @@ class Containers:
 
     # Small steps
 
-    def _defaults(self, handler: Handler) -> spec.Defaults:
-        defaults = self._settings.defaults
-        return defaults if handler.seccomp is None else replace(defaults, seccomp=handler.seccomp)
-
     def _create_timeout_s(self, container: Container) -> float:
         handler = self._handlers.find(container.record.runtime_handler)
         return (handler and handler.create_timeout_s) or self._settings.create_timeout_s
@@ -841,11 +786,6 @@ def _holders(record: ContainerRecord) -> list[tuple[str, str]]:
     return [(record.id, record.image_id), *volumes]
 
 
-def _asked_of_hooks(pod: PodEnvironment, wanted: ContainerSpec) -> tuple[dict[str, str], bool]:
-    """What OCI hooks' conditions look at: all annotations, the runtime's or not, and whether host paths are mounted."""
-    return {**pod.annotations, **wanted.annotations}, any(mount.host_path for mount in wanted.mounts)
-
-
 def _monitor(container: Container) -> Monitor:
     if container.monitor is None:
         raise FailedPrecondition(f"container {container.id}: its monitor is lost, so this cannot be done")
@@ -866,23 +806,6 @@ def _log_path(pod: PodEnvironment, wanted: ContainerSpec) -> str:
     if not wanted.log_path or not pod.log_directory:
         return ""
     return str(Path(pod.log_directory) / wanted.log_path)
-
-
-def _signal_number(name: str) -> int:
-    """The number of a signal as images and the CRI name it: "SIGTERM", "TERM", "15", "SIGRTMIN+3".
-
-    Raises InvalidArgument for anything else.
-    """
-    word = name.strip().upper()
-    if word.isdecimal() and 0 < int(word) < signal.NSIG:
-        return int(word)
-    base, sign, offset = word.partition("+") if "+" in word else word.partition("-")
-    base = base if base.startswith("SIG") else f"SIG{base}"
-    try:
-        number = int(signal.Signals[base]) + (int(sign + offset) if sign else 0)
-    except (KeyError, ValueError):
-        raise InvalidArgument(f"stop signal {name!r} is not a signal of this host") from None
-    return number
 
 
 def _merged(old: Resources, new: Resources) -> Resources:

@@ -19,9 +19,10 @@ from oci.checkpoint import Checkpoints
 from oci.checkpoint_archive import Checkpoint
 from oci.container import Container
 from oci.container_spec import ContainerSpec
-from oci.containers import Containers, ImageToRun
+from oci.containers import Containers
 from oci.errors import FailedPrecondition, InvalidArgument, NotFound
 from oci.handlers import Handlers
+from oci.preparation import ImageToRun
 from sandbox.sandbox import Sandbox
 from sandbox.sandboxes import Sandboxes
 from sandbox.spec import SandboxSpec

@@ -24,10 +24,11 @@ from cri.runtime_service.stats import Stats
 from cri.runtime_service.status import RuntimeStatus
 from oci.container import Container
 from oci.container_spec import ContainerSpec
-from oci.containers import Containers, ImageToRun
+from oci.containers import Containers
 from oci.errors import InvalidArgument, NotFound
 from oci.handlers import Handlers
 from oci.image_volumes import ImageMount
+from oci.preparation import ImageToRun
 from oci.version import VERSION
 from sandbox.sandbox import Sandbox
 from sandbox.sandboxes import Sandboxes
