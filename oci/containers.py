@@ -648,6 +648,9 @@ class Containers:
             handler = self._handlers.resolve(container.record.runtime_handler)
             limits = spec.update_resources(changes, self._node, handler.features)
             await handler.runtime.update(container.id, limits)
+            if changes.oom_score_adj is not None:  # no cgroup holds it: it is each process's own
+                score = spec.oom_score_adj(changes, self._node)
+                await self._pooled(proc.adjust_oom_scores, await handler.runtime.processes(container.id), score)
             merged = _merged(container.record.status.resources, changes)
             await self._set(container, replace(container.record.status, resources=merged))
 

@@ -171,6 +171,14 @@ def update_resources(wanted: Resources, node: Node, features: RuntimeFeatures | 
     return _limits(wanted, node, features or RuntimeFeatures())
 
 
+def oom_score_adj(resources: Resources, node: Node) -> int:
+    """0 unless the CRI says otherwise: the daemon's own protection is not for containers."""
+    wanted = resources.oom_score_adj or 0
+    if not -1000 <= wanted <= 1000:
+        raise InvalidArgument(f"oom_score_adj {wanted}: not between -1000 and 1000")
+    return max(wanted, node.lowest_oom_score_adj)
+
+
 # --- process
 
 
@@ -193,7 +201,7 @@ def _process(
         "capabilities": _capabilities(spec, node, defaults),
         "rlimits": [_rlimit(limit) for limit in defaults.rlimits],
         "noNewPrivileges": spec.security.no_new_privs,
-        "oomScoreAdj": _oom_score_adj(spec.resources, node),
+        "oomScoreAdj": oom_score_adj(spec.resources, node),
     }
     profile = _apparmor(spec, node, host)
     if profile:
@@ -245,14 +253,6 @@ def _capabilities(spec: ContainerSpec, node: Node, defaults: Defaults) -> dict[s
     if spec.security.privileged:
         return caps.all_of(node.capabilities)
     return caps.sets(spec.security.capabilities, node.capabilities, defaults.capabilities)
-
-
-def _oom_score_adj(resources: Resources, node: Node) -> int:
-    """0 unless the CRI says otherwise: the daemon's own protection is not for containers."""
-    wanted = resources.oom_score_adj or 0
-    if not -1000 <= wanted <= 1000:
-        raise InvalidArgument(f"oom_score_adj {wanted}: not between -1000 and 1000")
-    return max(wanted, node.lowest_oom_score_adj)
 
 
 def _apparmor(spec: ContainerSpec, node: Node, host: HostObjects) -> str:

@@ -103,6 +103,7 @@ def _to_cri(image: Image) -> api.Image:
         size=image.size_bytes,
         uid=None if image.uid is None else api.Int64Value(value=image.uid),
         username=image.username,
+        spec=api.ImageSpec(image=next(iter((*image.repo_tags, *image.repo_digests, image.id)))),
         pinned=image.pinned,
     )
 

@@ -1,6 +1,7 @@
 """CRI messages → our values. Pure; a bad field raises InvalidArgument with its path and value."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from cri.api.runtime.v1 import api_pb2 as api
@@ -138,6 +139,12 @@ def resources(message: api.LinuxContainerResources) -> Resources:
         hugepage_limits=tuple((limit.page_size, limit.limit) for limit in message.hugepage_limits),
         unified=dict(message.unified),
     )
+
+
+def resource_changes(message: api.LinuxContainerResources) -> Resources:
+    """What UpdateContainerResources changes. An oom_score_adj of 0 changes nothing: the message cannot leave it out."""
+    wanted = resources(message)
+    return wanted if wanted.oom_score_adj else replace(wanted, oom_score_adj=None)
 
 
 def stop_signal(value: "api.Signal.ValueType") -> str:

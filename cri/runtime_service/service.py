@@ -209,7 +209,7 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
     ) -> api.UpdateContainerResourcesResponse:
         container = self._containers.get(_required(request, "container_id"))
         if request.HasField("linux"):
-            await self._containers.update(container, from_cri.resources(request.linux))
+            await self._containers.update(container, from_cri.resource_changes(request.linux))
         return api.UpdateContainerResourcesResponse()
 
     async def ReopenContainerLog(

@@ -183,9 +183,9 @@ class Stats:
             message.MergeFrom(
                 api.ContainerStats(
                     cpu=self._cpu(record.id, numbers, record.requested_at),
-                    memory=_memory(numbers),
-                    swap=_swap(numbers),
-                    io=_io(numbers),
+                    memory=memory_usage(numbers),
+                    swap=swap_usage(numbers),
+                    io=io_usage(numbers),
                 )
             )
         return message
@@ -196,14 +196,14 @@ class Stats:
         record = sandbox.record
         linux = api.LinuxPodSandboxStats(containers=containers)
         if pod.interfaces:
-            linux.network.MergeFrom(_network(pod.interfaces))
+            linux.network.MergeFrom(network_usage(pod.interfaces))
         if pod.cgroup is not None:
             linux.MergeFrom(
                 api.LinuxPodSandboxStats(
                     cpu=self._cpu(record.id, pod.cgroup, record.requested_at),
-                    memory=_memory(pod.cgroup),
-                    process=_processes(pod.cgroup),
-                    io=_io(pod.cgroup),
+                    memory=memory_usage(pod.cgroup),
+                    process=process_usage(pod.cgroup),
+                    io=io_usage(pod.cgroup),
                 )
             )
         return api.PodSandboxStats(
@@ -240,7 +240,7 @@ def read_interfaces(places: PodPlaces) -> tuple[InterfaceStats, ...]:
     return ()
 
 
-def _memory(numbers: stats.CgroupStats) -> api.MemoryUsage | None:
+def memory_usage(numbers: stats.CgroupStats) -> api.MemoryUsage | None:
     memory = numbers.memory
     if memory is None:
         return None
@@ -256,7 +256,7 @@ def _memory(numbers: stats.CgroupStats) -> api.MemoryUsage | None:
     )
 
 
-def _swap(numbers: stats.CgroupStats) -> api.SwapUsage | None:
+def swap_usage(numbers: stats.CgroupStats) -> api.SwapUsage | None:
     if numbers.swap is None:
         return None
     return api.SwapUsage(
@@ -266,19 +266,19 @@ def _swap(numbers: stats.CgroupStats) -> api.SwapUsage | None:
     )
 
 
-def _io(numbers: stats.CgroupStats) -> api.IoUsage | None:
+def io_usage(numbers: stats.CgroupStats) -> api.IoUsage | None:
     if numbers.io is None or numbers.io.psi is None:
         return None
     return api.IoUsage(timestamp=numbers.timestamp, psi=_psi(numbers.io.psi))
 
 
-def _processes(numbers: stats.CgroupStats) -> api.ProcessUsage | None:
+def process_usage(numbers: stats.CgroupStats) -> api.ProcessUsage | None:
     if numbers.processes is None:
         return None
     return api.ProcessUsage(timestamp=numbers.timestamp, process_count=_value(numbers.processes))
 
 
-def _network(interfaces: Iterable[InterfaceStats]) -> api.NetworkUsage:
+def network_usage(interfaces: Iterable[InterfaceStats]) -> api.NetworkUsage:
     """CNI calls the pod's primary interface eth0; without one the first by name stands for it."""
     usages = [
         api.NetworkInterfaceUsage(

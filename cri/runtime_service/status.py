@@ -50,7 +50,9 @@ class RuntimeStatus:
             status=api.RuntimeStatus(conditions=[self._runtime_condition(), self._network_condition()]),
             info={"config": json.dumps(self._info())} if verbose else {},
             runtime_handlers=self._runtime_handlers(),
-            features=api.RuntimeFeatures(supplemental_groups_policy=True, mount_options=True),
+            features=api.RuntimeFeatures(
+                supplemental_groups_policy=True, user_namespaces_host_network=True, mount_options=True
+            ),
         )
 
     def config(self) -> api.RuntimeConfigResponse:

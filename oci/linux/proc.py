@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +102,16 @@ def kill_below(pid: int) -> None:
     for each in descendants(pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(each, signal.SIGKILL)
+
+
+def adjust_oom_scores(pids: Iterable[int], score: int) -> None:
+    """Write the oom_score_adj of processes; those that have ended meanwhile are passed over.
+
+    Raises OSError: without CAP_SYS_RESOURCE a score cannot go below the one that the process was given with it.
+    """
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            Path(f"/proc/{pid}/oom_score_adj").write_text(str(score))
 
 
 def boot_id() -> str:

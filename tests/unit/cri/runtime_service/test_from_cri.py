@@ -4,7 +4,7 @@ import pytest
 
 from cri.api.runtime.v1 import api_pb2 as api
 from cri.runtime_service import from_cri, to_cri
-from oci.container_spec import NamespaceMode, Profile, ProfileKind, Propagation, UserNamespace
+from oci.container_spec import IdMapping, NamespaceMode, Profile, ProfileKind, Propagation, SELinuxLabel, UserNamespace
 from oci.errors import InvalidArgument
 from sandbox.spec import Protocol
 
@@ -196,3 +196,68 @@ def test_resources_go_both_ways() -> None:
     )
 
     assert to_cri.resources(from_cri.resources(message)) == message
+
+
+def test_a_pod_s_security_context_is_kept() -> None:
+    profile = api.SecurityProfile(profile_type=api.SecurityProfile.Localhost, localhost_ref="localhost/x")
+    context = api.LinuxSandboxSecurityContext(
+        run_as_user=api.Int64Value(value=5),
+        run_as_group=api.Int64Value(value=6),
+        privileged=True,
+        readonly_rootfs=True,
+        supplemental_groups=[7],
+        seccomp=profile,
+        apparmor=profile,
+        selinux_options=api.SELinuxOption(type="t"),
+    )
+
+    found = from_cri.sandbox_spec(pod(linux=api.LinuxPodSandboxConfig(security_context=context)), "").security
+
+    assert (found.run_as_user, found.run_as_group, found.supplemental_groups) == (5, 6, (7,))
+    assert (found.privileged, found.readonly_rootfs) == (True, True)
+    assert found.seccomp == found.apparmor == Profile(ProfileKind.LOCALHOST, "x")
+    assert found.selinux == SELinuxLabel("", "", "t", "")
+
+
+def test_a_user_namespace_has_to_map_id_0() -> None:
+    ids = [api.IDMapping(container_id=1, host_id=65536, length=65536)]
+
+    with pytest.raises(InvalidArgument, match="id 0 of the container is not mapped"):
+        from_cri.sandbox_spec(pod_with_options(userns_options=api.UserNamespace(mode=api.POD, uids=ids, gids=ids)), "")
+
+
+def test_a_selinux_label_is_kept() -> None:
+    option = api.SELinuxOption(user="u", role="r", type="t", level="s0:c1,c2")
+
+    found = from_cri.container_spec(secured(selinux_options=option)).security.selinux
+
+    assert found == SELinuxLabel("u", "r", "t", "s0:c1,c2")
+
+
+def test_mounts_keep_what_the_kernel_or_selinux_does() -> None:
+    mount = api.Mount(
+        container_path="/a",
+        host_path="/b",
+        selinux_relabel=True,
+        uidMappings=[api.IDMapping(container_id=1, host_id=2, length=3)],
+        gidMappings=[api.IDMapping(container_id=4, host_id=5, length=6)],
+    )
+
+    found = from_cri.container_spec(container(mounts=[mount])).mounts[0]
+
+    assert found.selinux_relabel
+    assert (found.uid_mappings, found.gid_mappings) == ((IdMapping(1, 2, 3),), (IdMapping(4, 5, 6),))
+
+
+def test_streams_are_those_that_were_asked_for() -> None:
+    found = from_cri.container_spec(container(stdin=True, stdin_once=True, tty=True))
+    least = from_cri.container_spec(container())
+
+    assert (found.stdin, found.stdin_once, found.tty) == (True, True, True)
+    assert (least.stdin, least.stdin_once, least.tty) == (False, False, False)
+
+
+def test_an_oom_score_of_0_is_no_change_of_it() -> None:
+    assert from_cri.resource_changes(api.LinuxContainerResources(cpuset_cpus="0")).oom_score_adj is None
+    assert from_cri.resource_changes(api.LinuxContainerResources(oom_score_adj=5)).oom_score_adj == 5
+    assert from_cri.resources(api.LinuxContainerResources()).oom_score_adj == 0
