@@ -61,6 +61,7 @@ def make_daemon(directory: Path, image_registry: Registry, busybox: str) -> Iter
 
     def make(settings: Mapping[str, Any] | None = None) -> Daemon:
         home = Path(tempfile.mkdtemp(prefix="d", dir=directory))
+        home.chmod(0o711)
         daemon = Daemon(home, settings)
         made.append(daemon)
         daemon.registries_conf.write_text(f'[[registry]]\nlocation = "{image_registry.host}"\ninsecure = true\n')

@@ -325,14 +325,23 @@ def test_a_plugin_updates_and_evicts_containers_unasked(client: Client, connect:
 
 def test_a_pod_s_new_limits_are_told_before_and_after(client: Client, connect: Connect) -> None:
     plugin = connect()
-    pod = client.run_pod("resized")
+    sums = pb.LinuxPodSandboxConfig(
+        resources=pb.LinuxContainerResources(cpu_shares=256), overhead=pb.LinuxContainerResources(cpu_shares=64)
+    )
+    pod = client.run_pod("resized", linux=sums)
     request = pb.UpdatePodSandboxResourcesRequest(
-        pod_sandbox_id=pod.id, resources=pb.LinuxContainerResources(cpu_shares=512)
+        pod_sandbox_id=pod.id,
+        resources=pb.LinuxContainerResources(cpu_shares=512),
+        overhead=pb.LinuxContainerResources(cpu_shares=128),
     )
     client.runtime.UpdatePodSandboxResources(request, timeout=10)
 
-    assert plugin.wait_told("UpdatePodSandbox", pod.id).linux_resources.cpu.shares.value == 512
-    assert plugin.wait_told("PostUpdatePodSandbox", pod.id).pod.linux.pod_resources.cpu.shares.value == 512
+    begun = plugin.wait_told("RunPodSandbox", pod.id).pod.linux
+    assert (begun.pod_resources.cpu.shares.value, begun.pod_overhead.cpu.shares.value) == (256, 64)
+    told = plugin.wait_told("UpdatePodSandbox", pod.id)
+    assert (told.linux_resources.cpu.shares.value, told.overhead_linux_resources.cpu.shares.value) == (512, 128)
+    after = plugin.wait_told("PostUpdatePodSandbox", pod.id).pod.linux
+    assert (after.pod_resources.cpu.shares.value, after.pod_overhead.cpu.shares.value) == (512, 128)
 
 
 def test_no_container_is_lost_or_told_twice_while_plugins_come(client: Client, connect: Connect, busybox: str) -> None:

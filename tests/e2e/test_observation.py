@@ -97,7 +97,7 @@ def test_the_first_stats_of_a_container_have_every_field(client: Client, busybox
 def test_a_pod_s_stats_have_its_network_processes_and_containers(
     client: Client, busybox: str, own_cgroup: OwnCgroup
 ) -> None:
-    pod = client.run_pod("pod-stats", labels={"a": "b"}, linux=own_cgroup("pod-stats"))
+    pod = client.run_pod("pod-stats", labels={"a": "b"}, annotations={"c": "d"}, linux=own_cgroup("pod-stats"))
     container_id = client.run(pod, busybox, ["sh", "-c", "sleep 100000 & sleep 100000 & wait"])
     client.exec_sync(
         container_id, ["sh", "-c", "ping -c 1 -W 1 $(ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p')"]
@@ -107,7 +107,7 @@ def test_a_pod_s_stats_have_its_network_processes_and_containers(
 
     assert found.attributes.id == pod.id
     assert found.attributes.metadata == pod.config.metadata
-    assert dict(found.attributes.labels) == {"a": "b"}
+    assert (dict(found.attributes.labels), dict(found.attributes.annotations)) == ({"a": "b"}, {"c": "d"})
     linux = found.linux
     assert linux.cpu.usage_core_nano_seconds.value > 0
     assert linux.cpu.HasField("usage_nano_cores")
@@ -118,6 +118,7 @@ def test_a_pod_s_stats_have_its_network_processes_and_containers(
     assert linux.network.default_interface.HasField("rx_bytes")
     assert linux.network.default_interface.HasField("rx_errors")
     assert linux.network.default_interface.HasField("tx_errors")
+    assert linux.process.timestamp > 0
     assert linux.process.process_count.value >= 3
     assert [each.attributes.id for each in linux.containers] == [container_id]
 

@@ -22,7 +22,7 @@ from tests.e2e.harness.network import PLUGIN_DIRS, BridgeNetwork
 from tests.e2e.harness.ports import wait_until
 
 FORK_SERVER = ("crito-forks", "crito-zygote")
-CRITO = Path(sys.executable).with_name("crito")
+CRITO = Path(os.environ.get("CRITO_TEST_PROGRAM") or Path(sys.executable).with_name("crito"))
 
 
 class Daemon:
