@@ -24,6 +24,7 @@ from oci.spec import OCI_VERSION, RuntimeFeatures
 
 _DIRECTORIES = ("/usr/local/bin", "/usr/local/sbin", "/usr/bin", "/usr/sbin", "/bin", "/sbin", "/usr/libexec/crito")
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+_CANARY = "canary-"
 _MIN_MEMORY = {"crun": 512_000, "runc": 12 << 20}  # what CRI-O found they need; other runtimes get no check
 
 # Words by which runc and crun say that a container is not there, and that it is not running.
@@ -151,8 +152,9 @@ class Runtime:
 
         `directory` is a private one that exists, on a file system where programs may run.
         """
+        await self._clear_canaries(directory, cgroup_parent)
         began = time.monotonic()
-        id = ContainerId(f"canary-{secrets.token_hex(8)}")
+        id = ContainerId(f"{_CANARY}{secrets.token_hex(8)}")
         bundle = directory / id
         cgroups_path = cgroup.runtime_path(self.driver, cgroup_parent, id)
         try:
@@ -165,6 +167,13 @@ class Runtime:
             with contextlib.suppress(Error):
                 await self.delete(id)
             await asyncio.to_thread(self._forget_canary, bundle, cgroup_parent, id)
+
+    async def _clear_canaries(self, directory: Path, cgroup_parent: str) -> None:
+        """Take away what a daemon left that was killed beside its canary."""
+        for bundle in await asyncio.to_thread(lambda: list(directory.glob(f"{_CANARY}*"))):
+            with contextlib.suppress(Error):
+                await self.delete(ContainerId(bundle.name))
+            await asyncio.to_thread(self._forget_canary, bundle, cgroup_parent, bundle.name)
 
     def _forget_canary(self, bundle: Path, cgroup_parent: str, id: str) -> None:
         tree.remove(bundle)
