@@ -175,6 +175,12 @@ def test_exec_with_a_terminal_has_its_size_follows_it_and_ends_with_the_exit_cod
             session.send_signal(signal.SIGWINCH)
             wait_until(lambda: b"44 122" in terminal.answer(b"stty size"), "the new size is there")
 
+            terminal.write(b"/bin/sleep 12345\n")
+            processes = ("exec", pod, "-c", "main", "--", "ps", "-o", "args")
+            wait_until(lambda: "/bin/sleep 12345" in kubectl(*processes), "the command runs")
+            terminal.write(b"\x03")
+            wait_until(lambda: "/bin/sleep 12345" not in kubectl(*processes), "Ctrl-C has ended it")
+
             terminal.write(b"exit 9\n")
             assert terminal.read_to_the_end_of(session) == 9
 
