@@ -380,6 +380,7 @@ def test_without_any_network_pods_are_refused_and_the_status_says_why(daemon: Da
         status = client.runtime.Status(pb.StatusRequest()).status
         ready = {each.type: each for each in status.conditions}
         assert not ready["NetworkReady"].status
+        assert ready["NetworkReady"].reason
         assert str(daemon.cni_conf) in ready["NetworkReady"].message
         with fails((Code.UNAVAILABLE, Code.FAILED_PRECONDITION)):
             client.run_pod("network")

@@ -144,7 +144,7 @@ def test_the_reason_of_an_end_without_an_error_is_completed(client: Client, pod:
     assert (ended.exit_code, ended.reason) == (0, "Completed")
 
 
-def test_a_failed_start_says_why(client: Client, pod: Pod, busybox: str) -> None:
+def test_a_program_that_is_not_there_is_named(client: Client, pod: Pod, busybox: str) -> None:
     with pytest.raises(grpc.RpcError, match="no-such-program"):
         client.run(pod, busybox, ["/no-such-program"])
 

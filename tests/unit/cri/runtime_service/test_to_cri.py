@@ -1,9 +1,12 @@
 """Records become CRI messages with all that they hold."""
 
+from dataclasses import replace
+
 from cri.api.runtime.v1 import api_pb2 as api
 from cri.runtime_service import to_cri
 from oci.container import ContainerRecord
 from oci.container_spec import ContainerId, ContainerSpec, IdMapping, Mount, SandboxId
+from oci.status import ContainerStatus, with_failed_start
 from sandbox.sandbox import SandboxRecord
 from sandbox.spec import SandboxSpec
 
@@ -50,7 +53,15 @@ def test_every_address_of_a_pod_is_told() -> None:
     assert (network.ip, [each.ip for each in network.additional_ips]) == ("192.0.2.1", ["2001:db8::1"])
 
 
-def container(mounts: tuple[Mount, ...]) -> ContainerRecord:
+def test_the_words_of_a_failed_start_are_told() -> None:
+    failed = with_failed_start(ContainerStatus(created_at=1), 2, "no such program")
+
+    told = to_cri.container_status(replace(container(), status=failed))
+
+    assert (told.state, told.message) == (api.CONTAINER_EXITED, "no such program")
+
+
+def container(mounts: tuple[Mount, ...] = ()) -> ContainerRecord:
     return ContainerRecord(
         id=ContainerId("2" * 64),
         sandbox_id=SandboxId("1" * 64),
