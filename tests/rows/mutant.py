@@ -112,8 +112,8 @@ def _before(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _after(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
-    def lacking(*arguments: Any) -> Any:
-        return without(function(*arguments), current("answers"))
+    def lacking(*arguments: Any, **named: Any) -> Any:
+        return without(function(*arguments, **named), current("answers"))
 
     return lacking
 
