@@ -32,7 +32,7 @@ def test_a_command_s_streams_are_those_that_were_asked_for(client: Client, busyb
             assert await command["stdout"].read_all() == b"in"
             assert await command["stderr"].read_all() == b"err\n"
         terminal = url("tty", stdout=True, tty=True)
-        async with spdy_command(terminal, "stdout") as command:
+        async with spdy_command(terminal, "stdout", "resize") as command:
             assert (await command["stdout"].read_all()).startswith(b"/dev/")
 
     asyncio.run(asyncio.wait_for(run(), 20))
@@ -55,7 +55,8 @@ def test_a_container_is_attached_to_with_the_streams_that_were_asked_for(client:
             await command["stdin"].write(b"word\n", fin=True)
             assert await command["stdout"].read_all() == b"got word\n"
             assert await command["stderr"].read_all() == b"err\n"
-        async with spdy_command(url(terminal, stdin=True, stdout=True, tty=True), "stdin", "stdout") as command:
+        attached = url(terminal, stdin=True, stdout=True, tty=True)
+        async with spdy_command(attached, "stdin", "stdout", "resize") as command:
             await command["stdin"].write(b"word\n")
             assert b"got word\r\n" in await command["stdout"].read_all()
 
