@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
+from signal import SIGKILL
 from typing import Any
 
 import oci.errors
@@ -85,7 +86,7 @@ class Workers:
     async def _start(self) -> asyncio.subprocess.Process:
         while self._idle:
             process = self._idle.pop()
-            if process.returncode is None:
+            if _is_alive(process):
                 return process
             self._dismiss(process)
         if self._closed:
@@ -168,10 +169,20 @@ class Workers:
         await asyncio.shield(self._reap(process))
 
 
+def _is_alive(process: asyncio.subprocess.Process) -> bool:
+    """Asks the kernel: the event loop hears of an end only later."""
+    if process.returncode is not None:
+        return False
+    try:
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:  # waited for already
+        return False
+
+
 def _kill(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
+    if _is_alive(process):
         with suppress(ProcessLookupError):
-            process.kill()
+            os.kill(process.pid, SIGKILL)  # process.kill() may take the exit status before asyncio gets at it
 
 
 def _error(answer: dict[str, Any], request: dict[str, Any]) -> Exception:
