@@ -927,6 +927,10 @@ def test_an_image_whose_layer_is_lost_is_not_listed_and_only_that_layer_is_fetch
     assert [registry.asked[f"/v2/team/app/blobs/{blob}"] for blob in blobs] == [0, 1]
 
 
+def has_open(pid: int, path: Path) -> bool:
+    return path in [each.readlink() for each in Path(f"/proc/{pid}/fd").glob("*") if each.is_symlink()]
+
+
 def test_a_killed_worker_is_an_error_that_says_so_and_leaves_nothing(tmp_path: Path, registry: FakeRegistry) -> None:
     built = registry.add("team/app", "1", app())
     held = layers.digest(built.layers[1])
@@ -944,10 +948,11 @@ def test_a_killed_worker_is_an_error_that_says_so_and_leaves_nothing(tmp_path: P
 
     async def story(images: Images) -> None:
         pulling = asyncio.create_task(images.pull(f"{NAME}:1"))
-        await eventually(lambda: any(path.suffix for path in (tmp_path / "images/layers").glob("*.tmp-*")))
-        await asyncio.sleep(0.3)
+        fetched = tmp_path / "images/partial" / held.replace(":", "-")
+        await eventually(lambda: any(has_open(pid, fetched) for pid in images.worker_pids))
         for pid in images.worker_pids:
-            os.kill(pid, signal.SIGKILL)
+            if has_open(pid, fetched):
+                os.kill(pid, signal.SIGKILL)
 
         with pytest.raises(Unavailable, match=f"image worker was killed by signal 9 while .*{held}"):
             await pulling
