@@ -6,6 +6,7 @@ Nothing here blocks: sockets are non-blocking and watched.
 import array
 import asyncio
 import contextlib
+import errno
 import itertools
 import os
 import socket
@@ -19,6 +20,8 @@ from oci.errors import DeadlineExceeded, Error, FailedPrecondition, Unavailable
 from oci.monitor import wire
 
 CALL_TIMEOUT_S = 30.0  # of calls that involve no OCI runtime
+BACKLOG = 128
+BACKLOG_RETRY_S = 0.01
 GRACE_S = 30.0  # over the time that a monitor gives the runtime: for killing it and cleaning up
 
 
@@ -44,11 +47,16 @@ class Connection:
     @classmethod
     async def open(cls, directory: Path, name: str, peer: str) -> "Connection":
         """Raises Unavailable when nobody listens there."""
-        try:
-            sock = connect(directory, name)
-        except OSError as error:
-            raise Unavailable(f"cannot connect to the {peer} at {directory / name}: {error.strerror}") from error
-        return cls(sock, peer)
+        deadline = asyncio.get_running_loop().time() + CALL_TIMEOUT_S
+        while True:
+            try:
+                return cls(connect(directory, name), peer)
+            except OSError as error:
+                # EAGAIN: more are connecting at once than the listener has room for; it will come to them.
+                if error.errno != errno.EAGAIN or asyncio.get_running_loop().time() > deadline:
+                    text = f"cannot connect to the {peer} at {directory / name}: {error.strerror}"
+                    raise Unavailable(text) from error
+            await asyncio.sleep(BACKLOG_RETRY_S)
 
     async def hello(self) -> wire.Message:
         """The server's greeting. Raises Unavailable if it speaks a later protocol, or none."""
@@ -187,7 +195,7 @@ def listen(directory: Path, name: str) -> socket.socket:
         with _short_path(directory, name) as address:
             os.fchmod(sock.fileno(), 0o600)  # what the file is then made with
             sock.bind(address)
-        sock.listen(16)
+        sock.listen(BACKLOG)
     except BaseException:
         sock.close()
         raise
