@@ -160,7 +160,7 @@ def exec_process(
     environment = _environment_of(process.get("env", ()))
     if tty:
         environment.setdefault("TERM", _TERM)
-    environment.update((name, _representable(value)) for name, value in env)
+    environment.update(env)
     process.update(args=list(argv), terminal=tty, env=[f"{name}={value}" for name, value in environment.items()])
     process.pop("consoleSize", None)
     return process
@@ -232,16 +232,8 @@ def _environment(
     for name, value in spec.envs:
         if not name or "=" in name or "\0" in name or "\0" in value:
             raise InvalidArgument(f"envs: {name!r} cannot be the name of a variable, or its value holds a NUL")
-        environment[name] = _representable(value)
+        environment[name] = value
     return [f"{name}={value}" for name, value in environment.items()]
-
-
-def _representable(value: str) -> str:
-    """config.json is UTF-8: other bytes become U+FFFD, as containerd and CRI-O do it (crun refuses them).
-
-    A pod with a binary key among its secrets still starts.
-    """
-    return value.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _environment_of(lines: Sequence[str]) -> dict[str, str]:

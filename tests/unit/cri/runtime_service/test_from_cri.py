@@ -261,3 +261,9 @@ def test_an_oom_score_of_0_is_no_change_of_it() -> None:
     assert from_cri.resource_changes(api.LinuxContainerResources(cpuset_cpus="0")).oom_score_adj is None
     assert from_cri.resource_changes(api.LinuxContainerResources(oom_score_adj=5)).oom_score_adj == 5
     assert from_cri.resources(api.LinuxContainerResources()).oom_score_adj == 0
+
+
+def test_a_variable_of_other_bytes_than_utf8_does_not_keep_the_pod_from_starting() -> None:
+    spec = from_cri.container_spec(container(envs=[api.KeyValue(key="KEY", value=b"a\xffb")]))
+
+    assert spec.envs == (("KEY", "a\ufffdb"),)
