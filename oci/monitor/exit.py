@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 RECORD = "exit.json"
 UNIFIED = ""
 CHARGE_BATCH_BYTES = 256 * 1024
+OWN, ABOVE = "events", "events_above"
 
 # controller ("" for v2) -> (root of the mount within the hierarchy, mount point)
 Mounts = dict[str, tuple[str, str]]
@@ -51,6 +52,13 @@ def cgroup_directory(groups: list[tuple[str, str]], controller: str, mounts: Mou
     return ""
 
 
+def above_scope(directory: str) -> str:
+    """The cgroup that holds the outermost systemd scope on the path; "" where there is no scope."""
+    parts = directory.split("/")
+    scopes = [index for index, part in enumerate(parts) if part.endswith(".scope")]
+    return "/".join(parts[: scopes[0]]) if scopes else ""
+
+
 def counters(text: str) -> dict[str, int]:
     """The `name number` lines of memory.events or memory.oom_control."""
     pairs = (line.split() for line in text.splitlines())
@@ -60,14 +68,16 @@ def counters(text: str) -> dict[str, int]:
 class Cgroup:
     """The container's cgroup: what the kernel counted in it, and an end for whoever is left in it.
 
-    A systemd scope is removed as soon as it is empty, perhaps before the exit is seen here; so the v2 counters are
-    read whenever the kernel reports a change, which is before the killed process is gone.
+    systemd removes a scope as soon as it is empty, and its counters with it, perhaps before anybody has read them: the
+    kernel tells of changes at most every 10 ms. So the counters are read at every change, and so are those of the
+    cgroup above the scope, which stays and counts what is below it: what it has counted since the scope's were read
+    last was the scope's own.
     """
 
     def __init__(self, loop: "Loop", directory: str, is_unified: bool, is_own: bool) -> None:
         self._loop = loop
-        self._events_fd = -1
-        self._last: dict[str, int] = {}
+        self._fds = {OWN: -1, ABOVE: -1}  # of memory.events
+        self._kills = {OWN: 0, ABOVE: -1}  # as of when both could be read last; -1: never
         self.directory = directory
         self.is_unified = is_unified
         self.is_own = is_own  # the container's alone, so that its processes may be killed
@@ -81,47 +91,58 @@ class Cgroup:
         mine = cgroup_directory(own, UNIFIED if is_unified else "memory", mounts)
         cgroup = cls(loop, directory, is_unified, bool(directory) and directory != mine and groups != own)
         if is_unified:
-            cgroup._open_events()
+            cgroup.watch({name: _open_events(at) for name, at in ((OWN, directory), (ABOVE, above_scope(directory)))})
         return cgroup
 
-    def at_rest(self) -> "tuple[int, list[Any]]":
-        """The fd of its events (-1: none), to be waited on, and what `resume` wants to know."""
-        return self._events_fd, [self.directory, self.is_unified, self.is_own, self._last]
+    def at_rest(self) -> "tuple[dict[str, int], list[Any]]":
+        """The fds of its events, which are to be waited on, and what `resume` wants to know."""
+        facts = [self.directory, self.is_unified, self.is_own, self._kills]
+        return {name: fd for name, fd in self._fds.items() if fd >= 0}, facts
 
     @classmethod
-    def resume(cls, loop: "Loop", events_fd: int, facts: "list[Any]") -> "Cgroup":
-        directory, is_unified, is_own, last = facts
+    def resume(cls, loop: "Loop", fds: "dict[str, int]", facts: "list[Any]") -> "Cgroup":
+        directory, is_unified, is_own, kills = facts
         cgroup = cls(loop, directory, is_unified, is_own)
-        cgroup._last = last
-        cgroup._events_fd = events_fd
-        if events_fd >= 0:
-            cgroup._watch()
+        cgroup._kills = kills
+        cgroup.watch({name: fds.get(name, -1) for name in (OWN, ABOVE)})
         return cgroup
 
-    def _open_events(self) -> None:
-        try:
-            self._events_fd = os.open(self.directory + "/memory.events", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return
-        self._watch()
-
-    def _watch(self) -> None:
+    def watch(self, fds: "dict[str, int]") -> None:
+        """Count by these files from now on, which `close` closes."""
+        self._fds = fds
         self._read_events(0)
-        self._loop.watch(self._events_fd, PRIORITY, self._read_events)
+        for fd in self._fds.values():
+            if fd >= 0:
+                self._loop.watch(fd, PRIORITY, self._read_events)
 
     def _read_events(self, _events: int) -> None:
+        above = self._kills_now(ABOVE)  # first: what is counted in between is then found in both
+        own = self._kills_now(OWN)
+        if own is None:
+            self._close(OWN)
+        else:
+            self._kills = {OWN: own, ABOVE: above or 0}
+
+    def _kills_now(self, name: str) -> int | None:
+        """None when the cgroup is gone (ENODEV), or has no such file."""
         try:
-            self._last = counters(os.pread(self._events_fd, 4096, 0).decode())
-        except OSError:  # ENODEV: removed; what was read last counts
-            self._loop.forget(self._events_fd)
+            events = counters(os.pread(self._fds[name], 4096, 0).decode())
+        except OSError:
+            return None
+        return events.get("oom_kill", 0) + events.get("oom_group_kill", 0)
 
     def oom(self) -> tuple[int, str]:
-        """(how many of its processes the OOM killer took, which limit: "container", "above" or "")."""
+        """(how many of its processes the OOM killer took, which limit: "container", "above" or "").
+
+        Of a cgroup that was gone too soon it is only known that there were kills, not by which limit.
+        """
         if not self.is_own:
             return 0, ""
         if self.is_unified:
             self._read_events(0)
-            kills = self._last.get("oom_kill", 0) + self._last.get("oom_group_kill", 0)
+            kills = self._kills[OWN]
+            if self._fds[OWN] < 0 and not kills and self._kills[ABOVE] >= 0:
+                return max(0, (self._kills_now(ABOVE) or 0) - self._kills[ABOVE]), ""
             hit = counters(_text(self.directory + "/memory.events.local")).get("oom", 0)
         else:
             kills = counters(_text(self.directory + "/memory.oom_control")).get("oom_kill", 0)
@@ -152,10 +173,22 @@ class Cgroup:
         return bool(pids)
 
     def close(self) -> None:
-        if self._events_fd >= 0:
-            self._loop.forget(self._events_fd)
-            os.close(self._events_fd)
-            self._events_fd = -1
+        for name in self._fds:
+            self._close(name)
+
+    def _close(self, name: str) -> None:
+        fd, self._fds[name] = self._fds[name], -1
+        if fd >= 0:
+            self._loop.forget(fd)
+            os.close(fd)
+
+
+def _open_events(directory: str) -> int:
+    """A cgroup's memory.events; -1 where there is none."""
+    try:
+        return os.open(directory + "/memory.events", os.O_RDONLY | os.O_CLOEXEC) if directory else -1
+    except OSError:
+        return -1
 
 
 def _text(path: str) -> str:

@@ -108,7 +108,7 @@ class Link:
         os._exit(0)
 
 
-_WAITED_FOR = {"client": READ, "stdout": READ, "stderr": READ, "events": PRIORITY}
+_WAITED_FOR = {"client": READ, "stdout": READ, "stderr": READ, exits.OWN: PRIORITY, exits.ABOVE: PRIORITY}
 
 
 class Refusal(Exception):
@@ -188,10 +188,10 @@ class Monitor:
     def _rest(self) -> None:
         assert self._link is not None and self._stdio is not None and self._log is not None and self._cgroup is not None
         log_fd, log = self._log.at_rest()
-        events_fd, cgroup = self._cgroup.at_rest()
+        events, cgroup = self._cgroup.at_rest()
         fds, lines = self._stdio.at_rest()
         fds += [("client", client.sock.fileno()) for client in self._clients]
-        fds += [(name, fd) for name, fd in (("log", log_fd), ("events", events_fd)) if fd >= 0]
+        fds += [(name, fd) for name, fd in {"log": log_fd, **events}.items() if fd >= 0]
         facts = {
             "pid": self._pid,
             "start_time": self._start_time,
@@ -215,7 +215,7 @@ class Monitor:
         self._loop.on_exit(self._pid, self._init_ended)
         max_bytes = config.get("log_max_bytes", 0)
         self._log = LogFile.resume(config.get("log_path", ""), max_bytes, _complain, fds.get("log", -1), facts["log"])
-        self._cgroup = exits.Cgroup.resume(self._loop, fds.get("events", -1), facts["cgroup"])
+        self._cgroup = exits.Cgroup.resume(self._loop, fds, facts["cgroup"])
         line_bytes = config.get("log_line_bytes", LINE_BYTES)
         self._stdio = Stdio(self._loop, self._log, self._attachments, line_bytes)
         self._stdio.resume(fds, facts["lines"], config["stdin_once"], self._end_if_done)

@@ -364,6 +364,10 @@ def test_shutdown_with_children_tells_them_and_waits_for_their_end(world: Any) -
             at = pins(w)
             pause = await w.forks.make_pod(PodRequest("s", ("uts",), at))
             server, started = w.forks.pid, kernel.start_time(w.forks.pid)
+            for _ in range(200):  # the process that made the pod is about to end
+                if await w.forks.children() == (pause.pid,):
+                    break
+                await asyncio.sleep(0.01)
 
             assert await w.forks.shutdown() == (pause.pid,)
             assert is_alive(server, started)

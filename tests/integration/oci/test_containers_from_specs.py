@@ -321,12 +321,6 @@ def test_an_image_without_anything_from_the_pod_runs_its_entrypoint(machine: Hos
     assert machine.run(shell("echo $A $B $PATH", envs=(("B", "two"), ("A", "3"))), image) == "3 two /bin"
 
 
-def test_bytes_that_json_cannot_hold_are_replaced_in_the_environment(machine: Host) -> None:
-    envs = (("GOOD", "café"), ("BAD", b"a\xffb".decode(errors="surrogateescape")))
-
-    assert machine.run(shell('printf %s "$GOOD" "$BAD"', envs=envs)) == "caféa\ufffdb"
-
-
 def test_exec_runs_with_what_the_first_process_has(machine: Host) -> None:
     id = machine.start(secure("sleep 60", run_as_user=1000, capabilities=Capabilities(drop=("ALL",))))
     config = machine.bundles.read(id)
