@@ -36,16 +36,17 @@ integration: setup
 e2e: setup
 	$(PYTEST) tests/e2e
 
+# CRITEST_IMAGES is the data directory of a docker-registry with the suite's images, by default critest-images in the
+# user's cache directory; ARGS are more arguments (--newer, --handler crun, --focus TEXT …).
 critest: setup
-	$(PYTHON_BIN) -m critest
+	$(PYTHON_BIN) -m critest $(ARGS)
 
 # In a virtual machine with systemd, cgroup v2 alone and AppArmor, which `tests/vm/v2vm build` makes: what nodes are.
-# CRITEST_IMAGES is the data directory of a docker-registry with the suite's images.
 e2e-v2: setup
 	tests/vm/run --timeout 2400 python -m pytest -p no:cacheprovider tests/e2e
 
 critest-v2: setup
-	tests/vm/critest --newer "$(CRITEST_IMAGES)"
+	tests/vm/critest --newer "$${CRITEST_IMAGES:-$${XDG_CACHE_HOME:-$$HOME/.cache}/critest-images}" $(ARGS)
 
 bench: setup
 	tools/setup --peers

@@ -70,12 +70,13 @@ class Registry:
 
 
 @contextmanager
-def running_registry(directory: Path) -> Iterator[Registry]:
+def running_registry(directory: Path, data: Path | None = None) -> Iterator[Registry]:
+    """One whose files lie in `directory`, its images in `data` if that is named."""
     directory.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    port, storage = free_port(), data or directory / "data"
     config = directory / "config.yml"
     config.write_text(
-        f"version: 0.1\nstorage: {{filesystem: {{rootdirectory: {directory}/data}}, delete: {{enabled: true}}}}\n"
+        f"version: 0.1\nstorage: {{filesystem: {{rootdirectory: {storage}}}, delete: {{enabled: true}}}}\n"
         f"http: {{addr: 127.0.0.1:{port}}}\nlog: {{level: error}}\n"
     )
     with (directory / "log").open("wb") as log:
