@@ -1,7 +1,7 @@
-"""Measures how long a pod takes to come up and what it costs, side by side with the distribution's containerd.
+"""Measures how long a pod takes to come up and what it costs, side by side with the containerd and the CRI-O in PATH.
 
-Both use the same OCI runtime, the same kind of CNI network and the same image, in one run, in turn (A B A B), so that
-whatever else the machine does hits both. Ratios are worth more than the milliseconds.
+All use the same OCI runtime, the same kind of CNI network and the same image, in one run, in turn (A B A B), so that
+whatever else the machine does hits all. Ratios are worth more than the milliseconds.
 """
 
 import argparse
@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.containerd import PROGRAM, Containerd
+from bench.peers import CONTAINERD, CRIO, Peer, running
+from cri.api.runtime.v1 import api_pb2 as pb
 from tests.e2e.harness import leftovers
 from tests.e2e.harness.client import Client, Pod
 from tests.e2e.harness.daemon import FORK_SERVER, Daemon
@@ -32,9 +33,9 @@ STEPS = ("run pod", "create", "start", "pod up", "exec", "stop and remove")
 
 
 @dataclass
-class Peer:
+class Measured:
     name: str
-    daemon: Daemon | Containerd
+    daemon: Daemon | Peer
     client: Client
     times_ms: dict[str, list[float]] = field(default_factory=lambda: {step: [] for step in STEPS})
     memory_kib: dict[str, float] = field(default_factory=dict)
@@ -42,25 +43,22 @@ class Peer:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    if os.geteuid() != 0 or not PROGRAM or not CATATONIT.exists():
-        print("bench: not run: needs root, containerd and catatonit", file=sys.stderr)
+    if os.geteuid() != 0 or not (CONTAINERD or CRIO) or not CATATONIT.exists():
+        print("bench: not run: needs root, catatonit, and containerd or CRI-O", file=sys.stderr)
         return 2
     with (
         tempfile.TemporaryDirectory(prefix="crito-b-", ignore_cleanup_errors=True) as folder,
         hugetlb_hierarchy(),
         running_registry(Path(folder) / "registry") as registry,
+        running(Path(folder), registry.host, _program(arguments.runtime), push_pause(registry)) as daemons,
     ):
-        peers: list[Peer] = []
-        try:
-            peers = _start(Path(folder), registry, arguments.runtime)
-            for _ in range(arguments.rounds):
-                for peer in peers:
-                    _measure(peer, arguments.pods, registry)
+        peers = [Measured(name, daemon, daemon.client()) for name, daemon in daemons.items()]
+        _warm_up(peers, registry)
+        for _ in range(arguments.rounds):
             for peer in peers:
-                _weigh(peer, arguments.weighed, registry)
-        finally:
-            for peer in peers:
-                peer.daemon.destroy()
+                _measure(peer, arguments.pods, registry)
+        for peer in peers:
+            _weigh(peer, arguments.weighed, registry)
     _print(peers, arguments)
     if arguments.json:
         arguments.json.write_text(
@@ -71,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--runtime", default="crun" if shutil.which("crun") else "runc", help="OCI runtime of both")
+    runtime = "crun" if shutil.which("crun") else "runc"
+    parser.add_argument("--runtime", default=runtime, help="OCI runtime of all (CRI-O wants a new one)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pods", type=int, default=10, help="pods in a row, per round")
     parser.add_argument("--weighed", type=int, default=20, help="pods that are up when memory is measured")
@@ -79,23 +78,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _start(folder: Path, registry: Registry, runtime: str) -> list[Peer]:
+def _program(runtime: str) -> Path:
+    return Path(shutil.which(runtime) or runtime)
+
+
+def _warm_up(peers: Sequence[Measured], registry: Registry) -> None:
     reference = registry.push(busybox_image(), "bench/busybox", "1")
-    program = Path(shutil.which(runtime) or runtime)
-    ours = Daemon(folder / "a", {"runtime": {"default_handler": runtime}, "log": {"level": "info"}})
-    ours.registries_conf.write_text(f'[[registry]]\nlocation = "{registry.host}"\ninsecure = true\n')
-    theirs = Containerd(folder / "b", program, push_pause(registry))
-    peers = []
-    for name, daemon in (("crito", ours), ("containerd", theirs)):
-        daemon.start()
-        peer = Peer(name, daemon, daemon.client())
+    for peer in peers:
         peer.client.pull(reference)
         for _ in range(2):
             _one_pod(peer, reference, "warm-up")
         for times in peer.times_ms.values():
             times.clear()
-        peers.append(peer)
-    return peers
 
 
 def push_pause(registry: Registry) -> str:
@@ -110,17 +104,19 @@ def push_pause(registry: Registry) -> str:
     return registry.push(image(config, (blob,)), "bench/pause", "1")
 
 
-def _measure(peer: Peer, pods: int, registry: Registry) -> None:
+def _measure(peer: Measured, pods: int, registry: Registry) -> None:
     for number in range(pods):
         _one_pod(peer, f"{registry.host}/bench/busybox:1", f"bench-{number}")
 
 
-def _one_pod(peer: Peer, reference: str, name: str) -> None:
+def _one_pod(peer: Measured, reference: str, name: str) -> None:
     client = peer.client
+    asked = client.pod_config(name, linux=_as_kubelet_asks())
+    Path(asked.log_directory, "main").mkdir(parents=True)  # kubelet does that
     began = time.perf_counter()
-    pod = client.run_pod(name)
+    pod = client.run_pod(config=asked)
     ran = time.perf_counter()
-    container_id = client.create(pod, client.container_config(reference, SLEEP))
+    container_id = client.create(pod, client.container_config(reference, SLEEP, linux=_own_pids()))
     created = time.perf_counter()
     client.start(container_id)
     started = time.perf_counter()
@@ -138,12 +134,25 @@ def _one_pod(peer: Peer, reference: str, name: str) -> None:
         peer.times_ms[step].append((last - first) * 1000)
 
 
-def _weigh(peer: Peer, pods: int, registry: Registry) -> None:
+def _as_kubelet_asks() -> pb.LinuxPodSandboxConfig:
+    """A pod whose containers do not share their PID namespace, as of most pods: CRI-O keeps no pause for it."""
+    options = pb.NamespaceOption(pid=pb.CONTAINER)
+    return pb.LinuxPodSandboxConfig(security_context=pb.LinuxSandboxSecurityContext(namespace_options=options))
+
+
+def _own_pids() -> pb.LinuxContainerConfig:
+    options = pb.NamespaceOption(pid=pb.CONTAINER)
+    return pb.LinuxContainerConfig(security_context=pb.LinuxContainerSecurityContext(namespace_options=options))
+
+
+def _weigh(peer: Measured, pods: int, registry: Registry) -> None:
     """Memory with `pods` up: per pod all that runs beside the containers themselves, and the daemon."""
     up: list[Pod] = []
     for number in range(pods):
-        pod = peer.client.run_pod(f"weigh-{number}")
-        peer.client.run(pod, f"{registry.host}/bench/busybox:1", SLEEP)
+        asked = peer.client.pod_config(f"weigh-{number}", linux=_as_kubelet_asks())
+        Path(asked.log_directory, "main").mkdir(parents=True)
+        pod = peer.client.run_pod(config=asked)
+        peer.client.run(pod, f"{registry.host}/bench/busybox:1", SLEEP, linux=_own_pids())
         up.append(pod)
     time.sleep(SETTLED_S)
     daemon = peer.daemon
@@ -164,17 +173,25 @@ def _children(pid: int) -> set[int]:
     return {each.pid for each in leftovers.processes() if each.parent == pid}
 
 
-def _print(peers: list[Peer], arguments: argparse.Namespace) -> None:
-    ours, theirs = peers
+def _print(peers: list[Measured], arguments: argparse.Namespace) -> None:
     print(f"{arguments.rounds} rounds of {arguments.pods} pods each, in turn; OCI runtime {arguments.runtime}; medians")
-    print(f"{'':44}{ours.name:>12}{theirs.name:>12}{'ratio':>8}")
+    print_header([peer.name for peer in peers])
     for step in STEPS:
-        first, second = statistics.median(ours.times_ms[step]), statistics.median(theirs.times_ms[step])
-        print(f"{step + ', ms':44}{first:12.1f}{second:12.1f}{first / second:8.2f}")
-    for name in ours.memory_kib:
-        first, second = ours.memory_kib[name], theirs.memory_kib[name]
-        ratio = f"{first / second:8.2f}" if second else f"{'-':>8}"
-        print(f"{name + ', KiB':44}{first:12.0f}{second:12.0f}{ratio}")
+        print_row(f"{step}, ms", [statistics.median(peer.times_ms[step]) for peer in peers], 1)
+    for name in peers[0].memory_kib:
+        print_row(f"{name}, KiB", [peer.memory_kib[name] for peer in peers], 0)
+
+
+def print_header(names: Sequence[str]) -> None:
+    """`names`: ours first; beside each of the others comes the ratio of ours to it."""
+    others = "".join(f"{name:>12}{'ratio':>8}" for name in names[1:])
+    print(f"{'':44}{names[0]:>12}{others}")
+
+
+def print_row(title: str, values: Sequence[float], digits: int) -> None:
+    ours, *theirs = values
+    others = "".join(f"{each:12.{digits}f}" + (f"{ours / each:8.2f}" if each else f"{'-':>8}") for each in theirs)
+    print(f"{title:44}{ours:12.{digits}f}{others}", flush=True)
 
 
 if __name__ == "__main__":

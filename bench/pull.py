@@ -1,7 +1,7 @@
-"""Measures cold pulls from a registry on loopback, beside the distribution's containerd, and where time goes.
+"""Measures cold pulls from a registry on loopback, beside the containerd and the CRI-O in PATH, and where time goes.
 
-Both pull the same image of this machine's own files, in one run, in turn (A B A B), with everything written back
-before each pull. containerd does not wait for unpacked data to be on the disk; we do.
+All pull the same image of this machine's own files, in one run, in turn (A B A B), with everything written back before
+each pull. containerd does not wait for unpacked data to be on the disk; we do.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from pathlib import Path
 
 import urllib3
 
-from bench.containerd import PROGRAM, Containerd
+from bench.__main__ import print_header, print_row
+from bench.peers import CONTAINERD, CRIO, running
 from bench.pull_image import BYTES, FILES, Plain, compressed, plain_layers
 from cri.api.runtime.v1 import api_pb2 as pb
 from cri.image_service.decompress import decompressed
 from tests.e2e.harness.client import Client
-from tests.e2e.harness.daemon import Daemon
 from tests.e2e.harness.registry import Registry, running_registry
 from tests.hugetlb import hugetlb_hierarchy
 
@@ -35,17 +35,16 @@ PULL_TIMEOUT_S = 600
 
 
 @dataclass
-class Peer:
+class Measured:
     name: str
-    daemon: Daemon | Containerd
     client: Client
     seconds: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    if os.geteuid() != 0 or not PROGRAM:
-        print("bench.pull: not run: needs root and containerd", file=sys.stderr)
+    if os.geteuid() != 0 or not (CONTAINERD or CRIO):
+        print("bench.pull: not run: needs root, and containerd or CRI-O", file=sys.stderr)
         return 2
     with (
         tempfile.TemporaryDirectory(prefix="crito-b-", ignore_cleanup_errors=True) as name,
@@ -56,16 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"making an image of {arguments.files} files, {arguments.bytes / 1e6:.0f} MB …", file=sys.stderr)
         layers = plain_layers(folder, arguments.files, arguments.bytes)
         references = {kind: registry.push(compressed(layers, kind), "bench/pull", kind) for kind in arguments.kinds}
-        peers: list[Peer] = []
-        try:
-            peers = _start(folder, registry)
+        with running(folder, registry.host, Path("/usr/bin/runc"), "unused") as daemons:
+            peers = [Measured(name, daemon.client()) for name, daemon in daemons.items()]
             for _ in range(arguments.rounds):
                 for kind, reference in references.items():
                     for peer in peers:
                         peer.seconds[kind].append(_cold_pull(peer.client, reference))
-        finally:
-            for peer in peers:
-                peer.daemon.destroy()
         limits = _limits(folder, layers, registry, references)
     _print(peers, limits, arguments)
     if arguments.json:
@@ -82,17 +77,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--json", type=Path, help="also write all figures there")
     return parser
-
-
-def _start(folder: Path, registry: Registry) -> list[Peer]:
-    ours = Daemon(folder / "a", {"log": {"level": "info"}})
-    ours.registries_conf.write_text(f'[[registry]]\nlocation = "{registry.host}"\ninsecure = true\n')
-    theirs = Containerd(folder / "b", Path("/usr/bin/runc"), "unused")
-    peers = []
-    for name, daemon in (("crito", ours), ("containerd", theirs)):
-        daemon.start()
-        peers.append(Peer(name, daemon, daemon.client()))
-    return peers
 
 
 def _cold_pull(client: Client, reference: str) -> float:
@@ -167,13 +151,11 @@ def _tar_all(folder: Path, layers: Sequence[Plain]) -> float:
     return time.perf_counter() - began
 
 
-def _print(peers: list[Peer], limits: dict[str, dict[str, float]], arguments: argparse.Namespace) -> None:
-    ours, theirs = peers
+def _print(peers: list[Measured], limits: dict[str, dict[str, float]], arguments: argparse.Namespace) -> None:
     print(f"cold pull, {arguments.rounds} rounds in turn; medians, s")
-    print(f"{'':44}{ours.name:>12}{theirs.name:>12}{'ratio':>8}")
+    print_header([peer.name for peer in peers])
     for kind in arguments.kinds:
-        first, second = statistics.median(ours.seconds[kind]), statistics.median(theirs.seconds[kind])
-        print(f"{kind:44}{first:12.2f}{second:12.2f}{first / second:8.2f}")
+        print_row(kind, [statistics.median(peer.seconds[kind]) for peer in peers], 2)
     print("each phase alone, on all cores, s")
     for kind, phases in limits.items():
         for phase, seconds in phases.items():

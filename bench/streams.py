@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.__main__ import CATATONIT, push_pause
-from bench.containerd import PROGRAM, Containerd
+from bench.peers import CONTAINERD, Containerd
 from tests.e2e.harness.cluster import Cluster, Kubectl, missing, running_cluster
 from tests.e2e.harness.daemon import Daemon
 from tests.e2e.harness.images import busybox_image
@@ -33,7 +33,7 @@ TIMEOUT_S = 300
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    if os.geteuid() != 0 or not PROGRAM or not CATATONIT.exists() or missing(COMMANDS):
+    if os.geteuid() != 0 or not CONTAINERD or not CATATONIT.exists() or missing(COMMANDS):
         told = missing(COMMANDS) or "needs root, containerd and catatonit"
         print(f"bench.streams: not run: {told}", file=sys.stderr)
         return 2
