@@ -13,10 +13,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.peers import CONTAINERD, CRIO, Peer, running
+from bench.peers import MAKERS, Bed, Peer, started
 from cri.api.runtime.v1 import api_pb2 as pb
 from tests.e2e.harness import leftovers
 from tests.e2e.harness.client import Client, Pod
@@ -43,15 +44,18 @@ class Measured:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    if os.geteuid() != 0 or not (CONTAINERD or CRIO) or not CATATONIT.exists():
+    if os.geteuid() != 0 or len(MAKERS) == 1 or not CATATONIT.exists():
         print("bench: not run: needs root, catatonit, and containerd or CRI-O", file=sys.stderr)
         return 2
     with (
         tempfile.TemporaryDirectory(prefix="crito-b-", ignore_cleanup_errors=True) as folder,
         hugetlb_hierarchy(),
         running_registry(Path(folder) / "registry") as registry,
-        running(Path(folder), registry.host, _program(arguments.runtime), push_pause(registry)) as daemons,
+        ExitStack() as stack,
     ):
+        program = Path(shutil.which(arguments.runtime) or arguments.runtime)
+        bed = Bed(registry.host, program, push_pause(registry))
+        daemons = {name: stack.enter_context(started(name, Path(folder) / name, bed)) for name in MAKERS}
         peers = [Measured(name, daemon, daemon.client()) for name, daemon in daemons.items()]
         _warm_up(peers, registry)
         for _ in range(arguments.rounds):
@@ -76,10 +80,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weighed", type=int, default=20, help="pods that are up when memory is measured")
     parser.add_argument("--json", type=Path, help="also write all figures there")
     return parser
-
-
-def _program(runtime: str) -> Path:
-    return Path(shutil.which(runtime) or runtime)
 
 
 def _warm_up(peers: Sequence[Measured], registry: Registry) -> None:

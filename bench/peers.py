@@ -4,8 +4,9 @@ import os
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,13 @@ CRIO = shutil.which("crio") or ""
 ACCEPT_ANYTHING = '{"default": [{"type": "insecureAcceptAnything"}]}'
 
 
-@contextmanager
-def running(folder: Path, registry: str, oci_runtime: Path, pause_image: str) -> Iterator[dict[str, "Daemon | Peer"]]:
-    """By name: ours, then what is installed of the others, started; destroyed at the end."""
-    handlers = {oci_runtime.name: {"path": str(oci_runtime)}}
-    runtime = {"default_handler": oci_runtime.name, "handlers": handlers}
-    ours = Daemon(folder / "a", {"runtime": runtime, "log": {"level": "info"}})
-    ours.registries_conf.write_text(f'[[registry]]\nlocation = "{registry}"\ninsecure = true\n')
-    found: dict[str, Daemon | Peer] = {"crito": ours}
-    if CONTAINERD:
-        found[Containerd.name] = Containerd(folder / "b", oci_runtime, pause_image)
-    if CRIO:
-        found[Crio.name] = Crio(folder / "c", oci_runtime, pause_image, registry)
-    try:
-        for each in found.values():
-            each.start()
-        yield found
-    finally:
-        for each in found.values():
-            each.destroy()
+@dataclass(frozen=True, slots=True)
+class Bed:
+    """What all of them are given."""
+
+    registry: str  # HOST:PORT, plain HTTP
+    oci_runtime: Path
+    pause_image: str
 
 
 class Peer:
@@ -110,22 +99,22 @@ class Peer:
 class Containerd(Peer):
     name = "containerd"
 
-    def __init__(self, directory: Path, oci_runtime: Path, pause_image: str) -> None:
+    def __init__(self, directory: Path, bed: Bed) -> None:
         super().__init__(directory)
         self._config = directory / "config.toml"
-        self._config.write_text(toml.dumps(self._tables(oci_runtime, pause_image)))
+        self._config.write_text(toml.dumps(self._tables(bed)))
 
     def command(self) -> Sequence[str]:
         # Its shims put their sockets below /run/containerd/s whatever the configuration says; they end with their pods.
         return [CONTAINERD, "--config", str(self._config)]
 
-    def _tables(self, oci_runtime: Path, pause_image: str) -> dict[str, Any]:
+    def _tables(self, bed: Bed) -> dict[str, Any]:
         handler = {
             "runtime_type": "io.containerd.runc.v2",
-            "options": {"BinaryName": str(oci_runtime), "SystemdCgroup": False},
+            "options": {"BinaryName": str(bed.oci_runtime), "SystemdCgroup": False},
         }
         cri = {
-            "sandbox_image": pause_image,
+            "sandbox_image": bed.pause_image,
             "restrict_oom_score_adj": True,
             "stream_server_address": "127.0.0.1",
             "stream_server_port": "0",
@@ -152,12 +141,12 @@ class Containerd(Peer):
 class Crio(Peer):
     name = "cri-o"
 
-    def __init__(self, directory: Path, oci_runtime: Path, pause_image: str, registry: str) -> None:
+    def __init__(self, directory: Path, bed: Bed) -> None:
         super().__init__(directory)
         self._config = directory / "crio.conf"
-        self._config.write_text(toml.dumps(self._tables(oci_runtime, pause_image)))
+        self._config.write_text(toml.dumps(self._tables(bed)))
         (directory / "policy.json").write_text(ACCEPT_ANYTHING)
-        (directory / "registries.conf").write_text(f'[[registry]]\nlocation = "{registry}"\ninsecure = true\n')
+        (directory / "registries.conf").write_text(f'[[registry]]\nlocation = "{bed.registry}"\ninsecure = true\n')
         (directory / "storage.conf").write_text("")
 
     def command(self) -> Sequence[str]:
@@ -167,7 +156,7 @@ class Crio(Peer):
     def environment(self) -> Mapping[str, str]:
         return {"CONTAINERS_STORAGE_CONF": str(self.directory / "storage.conf")}
 
-    def _tables(self, oci_runtime: Path, pause_image: str) -> dict[str, Any]:
+    def _tables(self, bed: Bed) -> dict[str, Any]:
         run_dir = self.owned.run_dir
         return {
             "crio": {
@@ -189,14 +178,14 @@ class Crio(Peer):
                     "hooks_dir": [str(self.directory / "hooks")],
                     "runtimes": {
                         "bench": {
-                            "runtime_path": str(oci_runtime),
+                            "runtime_path": str(bed.oci_runtime),
                             "runtime_root": str(run_dir / "oci"),
                             "monitor_path": shutil.which("conmon") or "",
                             "monitor_cgroup": "pod",
                         }
                     },
                 },
-                "image": {"pause_image": pause_image, "signature_policy": str(self.directory / "policy.json")},
+                "image": {"pause_image": bed.pause_image, "signature_policy": str(self.directory / "policy.json")},
                 "network": {"network_dir": str(self.directory / "cni"), "plugin_dirs": [str(_plugins())]},
                 "metrics": {"enable_metrics": False},
             }
@@ -205,3 +194,30 @@ class Crio(Peer):
 
 def _plugins() -> Path:
     return next(folder for folder in PLUGIN_DIRS if (folder / "bridge").exists())
+
+
+def _crito(directory: Path, bed: Bed) -> Daemon:
+    handlers = {bed.oci_runtime.name: {"path": str(bed.oci_runtime)}}
+    runtime = {"default_handler": bed.oci_runtime.name, "handlers": handlers}
+    daemon = Daemon(directory, {"runtime": runtime, "log": {"level": "info"}})
+    daemon.registries_conf.write_text(f'[[registry]]\nlocation = "{bed.registry}"\ninsecure = true\n')
+    return daemon
+
+
+# Ours first, then what is installed of the others.
+MAKERS: dict[str, Callable[[Path, Bed], Daemon | Peer]] = {
+    "crito": _crito,
+    **({Containerd.name: Containerd} if CONTAINERD else {}),
+    **({Crio.name: Crio} if CRIO else {}),
+}
+
+
+@contextmanager
+def started(name: str, directory: Path, bed: Bed) -> Iterator[Daemon | Peer]:
+    """One of MAKERS, which is destroyed at the end."""
+    daemon = MAKERS[name](directory, bed)
+    try:
+        daemon.start()
+        yield daemon
+    finally:
+        daemon.destroy()

@@ -14,12 +14,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.__main__ import CATATONIT, push_pause
-from bench.peers import CONTAINERD, Containerd
+from bench.peers import CONTAINERD, Bed, Peer, started
 from tests.e2e.harness.cluster import Cluster, Kubectl, missing, running_cluster
 from tests.e2e.harness.daemon import Daemon
 from tests.e2e.harness.images import busybox_image
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hugetlb_hierarchy(),
         running_registry(Path(name) / "registry") as registry,
         running_cluster(Path(name) / "cluster") as cluster,
-        _ours(Path(name) / "a", registry) as ours,
-        _theirs(Path(name) / "b", registry) as theirs,
+        _daemon("crito", Path(name) / "a", registry) as ours,
+        _daemon("containerd", Path(name) / "b", registry) as theirs,
         _node(cluster, "crito", ours, registry),
         _node(cluster, "containerd", theirs, registry),
     ):
@@ -70,29 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@contextmanager
-def _ours(folder: Path, registry: Registry) -> Iterator[Daemon]:
-    daemon = Daemon(folder, {"runtime": {"default_handler": "runc"}, "log": {"level": "info"}})
-    daemon.registries_conf.write_text(f'[[registry]]\nlocation = "{registry.host}"\ninsecure = true\n')
-    try:
-        daemon.start()
-        yield daemon
-    finally:
-        daemon.destroy()
+def _daemon(name: str, folder: Path, registry: Registry) -> AbstractContextManager[Daemon | Peer]:
+    return started(name, folder, Bed(registry.host, Path("/usr/bin/runc"), push_pause(registry)))
 
 
 @contextmanager
-def _theirs(folder: Path, registry: Registry) -> Iterator[Containerd]:
-    peer = Containerd(folder, Path("/usr/bin/runc"), push_pause(registry))
-    try:
-        peer.start()
-        yield peer
-    finally:
-        peer.destroy()
-
-
-@contextmanager
-def _node(cluster: Cluster, name: str, peer: Daemon | Containerd, registry: Registry) -> Iterator[None]:
+def _node(cluster: Cluster, name: str, peer: Daemon | Peer, registry: Registry) -> Iterator[None]:
     """A node with one pod, both called `name`. Its address is the bridge's, which the first pod makes."""
     reference = registry.push(busybox_image(), "bench/busybox", "1")
     client = peer.client()
