@@ -140,6 +140,15 @@ class _Layer:
         return self.content.blob.digest
 
 
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """What an image's documents say: a config, or an artifact; and what its layers become."""
+
+    config: ImageConfig
+    artifact: Artifact | None
+    contents: tuple[Content, ...] = ()
+
+
 class Images:
     """Use `open`."""
 
@@ -359,10 +368,10 @@ class Images:
                 **self._timeouts(),
             }
         )
-        config, found = await self._read(resolved, f"image {wanted}")
+        described = await self._described(resolved, f"image {wanted}")
         best = [sources[resolved["source"]], *(each for each in sources if each is not sources[resolved["source"]])]
-        layers = [self._remote_layer(content, best, resolved["session"]) for content in found]
-        return await self._complete(resolved, config, layers, _names(wanted, resolved["digest"]), progress)
+        layers = [self._remote_layer(content, best, resolved["session"]) for content in described.contents]
+        return await self._complete(resolved, described, layers, _names(wanted, resolved["digest"]), progress)
 
     def _remote_layer(self, content: Content, sources: Sequence[dict[str, Any]], session: dict[str, Any]) -> _Layer:
         host = sources[0]["host"]
@@ -459,12 +468,12 @@ class Images:
             await asyncio.to_thread(policy.check, self._settings.policy, transport, scopes, f"images of {path}")
             spelled = [name] if name is not None else [_local_name(each) for each in image["names"]]
             names = [pair for each in spelled if each is not None for pair in _names(each, image["manifest_digest"])]
-            config, contents = await self._read(image, f"image in {path}")
+            described = await self._described(image, f"image in {path}")
             layers = [
                 _Layer(content, {**self._layer_request(content), "extent": extent})
-                for content, extent in zip(contents, image["extents"], strict=True)
+                for content, extent in zip(described.contents, image["extents"], strict=True)
             ]
-            loaded.append(await self._complete(image, config, layers, names, progress))
+            loaded.append(await self._complete(image, described, layers, names, progress))
         return tuple(loaded)
 
     async def load_bundle(self, directory: Path | None) -> None:
@@ -485,17 +494,18 @@ class Images:
 
     # ---- from documents to an image
 
-    async def _read(self, found: dict[str, Any], subject: str) -> tuple[ImageConfig, tuple[Content, ...]]:
-        """The config, which an artifact has none of, and what the layers become."""
-        if not found["config"]:
-            return ImageConfig(), _artifact(found["manifest"], found["media_type"], subject).files
-        config = await self._config(found["config"], subject)
-        return config, image_contents([Descriptor(**each) for each in found["layers"]], config, subject)
+    async def _described(self, found: dict[str, Any], subject: str) -> _Described:
+        if found["config"]:
+            config = await self._config(found["config"], subject)
+            layers = [Descriptor(**each) for each in found["layers"]]
+            return _Described(config, None, image_contents(layers, config, subject))
+        artifact = await asyncio.to_thread(_artifact, found["manifest"], found["media_type"], subject)
+        return _Described(ImageConfig(), artifact, artifact.files)
 
     async def _complete(
         self,
         found: dict[str, Any],
-        config: ImageConfig,
+        described: _Described,
         layers: Sequence[_Layer],
         names: Iterable[tuple[str, bool]],
         progress: Progress,
@@ -529,7 +539,7 @@ class Images:
                     pulled_at=time.time_ns(),
                 )
                 named = [Name(name, image_id, is_digest) for name, is_digest in names]
-                image = await self._finished(self._publish(record, config, named))
+                image = await self._finished(self._publish(record, described, named))
             finally:
                 self._references.unclaim(stack)
         finally:
@@ -539,18 +549,18 @@ class Images:
         progress.changed()
         return image
 
-    async def _publish(self, record: ImageRecord, config: ImageConfig, names: Sequence[Name]) -> Image:
+    async def _publish(self, record: ImageRecord, described: _Described, names: Sequence[Name]) -> Image:
         async with self._catalog:
             await self._db(self._store.put_image, record, names)
-            return self._published(record, config, names)
+            return self._published(record, described, names)
 
-    def _published(self, record: ImageRecord, config: ImageConfig, names: Sequence[Name]) -> Image:
+    def _published(self, record: ImageRecord, described: _Described, names: Sequence[Name]) -> Image:
         moved_from = {self._names[name.name].image_id for name in names if name.name in self._names}
         for name in names:
             self._names[name.name] = name
         self._layers_of[record.id] = record.layers
         self._references.set_image(record.id, record.layers)
-        self._images[record.id] = self._image(record, config)
+        self._images[record.id] = self._image(record, described)
         for image_id in moved_from - {record.id}:
             if image_id in self._images:
                 self._images[image_id] = self._renamed(self._images[image_id])
@@ -914,21 +924,19 @@ class Images:
             self._layers_of[record.id] = record.layers
             self._references.set_image(record.id, record.layers)
             if not record.removed:
-                config = ImageConfig() if record.is_artifact else oci.image.from_json(record.config)
-                self._images[record.id] = self._image(record, config)
+                self._images[record.id] = self._image(record, _described_by(record))
 
-    def _image(self, record: ImageRecord, config: ImageConfig) -> Image:
-        subject = f"image {record.id}"
+    def _image(self, record: ImageRecord, described: _Described) -> Image:
         return self._renamed(
             Image(
                 id=record.id,
                 repo_tags=(),
                 repo_digests=(),
                 size_bytes=record.size_bytes,
-                config=config,
+                config=described.config,
                 manifest_digest=record.manifest_digest,
                 pulled_at=record.pulled_at,
-                artifact=_artifact(record.manifest, record.media_type, subject) if record.is_artifact else None,
+                artifact=described.artifact,
             )
         )
 
@@ -1031,10 +1039,7 @@ def _ignored(_: dict[str, int]) -> None:
 
 def _is_readable(image: ImageRecord) -> bool:
     try:
-        if image.is_artifact:
-            _artifact(image.manifest, image.media_type, f"image {image.id}")
-        else:
-            oci.image.from_json(image.config)
+        _described_by(image)
     except Error:
         return False
     return True
@@ -1055,6 +1060,12 @@ def _local_name(text: str) -> Reference | None:
     except InvalidArgument:
         return None
     return references.with_registry(parsed, references.DOCKER_HUB) if parsed.is_short else parsed
+
+
+def _described_by(record: ImageRecord) -> _Described:
+    if record.is_artifact:
+        return _Described(ImageConfig(), _artifact(record.manifest, record.media_type, f"image {record.id}"))
+    return _Described(oci.image.from_json(record.config), None)
 
 
 def _artifact(manifest: str, media_type: str, subject: str) -> Artifact:
