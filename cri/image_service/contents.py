@@ -15,7 +15,6 @@ from cri.image_service.unpack import clean_path
 from oci.errors import Error
 from oci.image import ImageConfig
 
-EMPTY = "application/vnd.oci.empty.v1+json"
 # The second is the CNCF model specification's.
 _PATH_ANNOTATIONS = ("org.opencontainers.image.title", "org.cncf.model.filepath")
 _NAME_LIMIT_BYTES = 255
@@ -67,10 +66,7 @@ def artifact_contents(manifest: Manifest, subject: str) -> Artifact:
     """
     files = []
     for layer in manifest.layers:
-        path = _path(layer.annotations)
-        if not path and layer.media_type == EMPTY:
-            continue  # the placeholder of an artifact without layers
-        path = path or layer.digest.replace(":", "-")
+        path = _path(layer.annotations) or layer.digest.replace(":", "-")
         _check_path(path, f"{subject}: layer {layer.digest}")
         files.append(Content(_derived("artifact", layer.digest, path), layer, file=path))
     if len(files) > _MOST_FILES:

@@ -1072,6 +1072,8 @@ def _artifact(manifest: str, media_type: str, subject: str) -> Artifact:
     found = parse(manifest.encode(), media_type, subject)
     if not isinstance(found, Manifest):
         raise Error(f"{subject} is an index, not an artifact")
+    if not found.artifact_type:
+        raise Error(f"{subject}: its config is empty")
     return artifact_contents(found, subject)
 
 

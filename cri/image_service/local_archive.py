@@ -95,6 +95,13 @@ class Members:
         algorithm, _, encoded = digest.partition(":")
         return self.get(f"blobs/{algorithm}/{encoded}")
 
+    def layer(self, descriptor: Descriptor) -> Extent:
+        found = self.blob(descriptor.digest)
+        if found.size_bytes != descriptor.size_bytes:
+            said = f"its manifest says {descriptor.size_bytes}"
+            raise Error(f"blob {descriptor.digest} in {self.path} has {found.size_bytes} bytes, {said}")
+        return found
+
     def document(self, descriptor: Descriptor, limit: int) -> bytes:
         content = self.blob(descriptor.digest).read(limit)
         check_digest(content, descriptor.digest, f"blob in {self.path}")
@@ -149,7 +156,7 @@ def _oci_image(members: Members, descriptor: Descriptor, platform: Platform) -> 
         subject = f"manifest {descriptor.digest} in {members.path}"
         found = parse(text, descriptor.media_type, subject)
         if isinstance(found, Manifest):
-            layers = tuple((members.blob(layer.digest), layer) for layer in found.layers)
+            layers = tuple((members.layer(layer), layer) for layer in found.layers)
             config = b"" if found.artifact_type else members.document(found.config, CONFIG_LIMIT_BYTES)
             return LocalImage((), text, descriptor.media_type, top.digest, config, image_id(found, text), layers)
         descriptor = choose(found, platform, subject)

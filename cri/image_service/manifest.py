@@ -27,6 +27,7 @@ _CONFIG_TYPES = (
 )
 _VAGUE_CONFIG_TYPES = ("", "application/octet-stream")  # as old Docker registries say
 _LAYER_TYPES = ("application/vnd.oci.image.layer.", "application/vnd.docker.image.rootfs.")
+_EMPTY = "application/vnd.oci.empty.v1+json"
 _ENCRYPTED = "+encrypted"
 _ANY_PLATFORM = 100  # a rank behind those of all variants
 
@@ -169,7 +170,15 @@ def _manifest(document: dict[str, Any], subject: str) -> Manifest:
         raise Error(f"{subject}: layers must be a list")
     config = _descriptor(document.get("config"), f"{subject}: config")
     described = tuple(_descriptor(each, f"{subject}: layer {at}") for at, each in enumerate(layers))
-    return Manifest(config, described, _artifact_type(document.get("artifactType"), config, described))
+    artifact_type = _artifact_type(document.get("artifactType"), config, described)
+    if artifact_type:
+        described = tuple(layer for layer in described if not _is_placeholder(layer))
+    return Manifest(config, described, artifact_type)
+
+
+def _is_placeholder(layer: Descriptor) -> bool:
+    """What an artifact has that has no layers. Source: OCI image-spec, manifest.md, "Guidelines for Artifact Usage"."""
+    return layer.media_type == _EMPTY and not layer.annotations
 
 
 def _artifact_type(said: object, config: Descriptor, layers: tuple[Descriptor, ...]) -> str:

@@ -149,9 +149,17 @@ def test_an_artifact_of_any_number_of_files_is_a_read_only_volume(
 
 
 def test_the_placeholder_of_an_artifact_without_layers_is_no_file(tmp_path: Path, registry: FakeRegistry) -> None:
-    registry.add("team/model", "1", artifact([(None, b"{}")], media_type=layers.EMPTY))
+    built = registry.add("team/model", "1", artifact([(None, b"{}")], media_type=layers.EMPTY))
+    layers.write_oci_layout(tmp_path / "layout", built)
 
-    assert pulled_files(tmp_path, registry) == {}
+    async def story(images: Images) -> None:
+        [loaded] = await images.load(tmp_path / "layout")
+        pulled = await images.pull(f"{NAME}:1")
+        assert loaded.id == pulled.id == built.digest
+        with volume(tmp_path, images, pulled) as shown:
+            assert contents(shown) == {}
+
+    run(settings(tmp_path, registry), story)
 
 
 def test_a_sub_path_shows_a_directory_or_a_file_of_an_artifact(tmp_path: Path, registry: FakeRegistry) -> None:
@@ -409,6 +417,30 @@ def test_an_artifact_whose_blob_a_layout_lacks_is_not_loaded(tmp_path: Path, reg
         with pytest.raises(NotFound, match="has no blobs/sha256/"):
             await images.load(tmp_path / "layout")
         assert images.list() == ()
+
+    run(settings(tmp_path, registry), story)
+
+
+def test_a_blob_of_another_size_than_a_layout_says_is_not_loaded(tmp_path: Path, registry: FakeRegistry) -> None:
+    layers.write_oci_layout(tmp_path / "layout", artifact([("a", b"one")]))
+    (tmp_path / "layout/blobs/sha256" / layers.digest(b"one")[7:]).write_bytes(b"more")
+
+    async def story(images: Images) -> None:
+        with pytest.raises(Error, match=r"blob sha256:\w+ in .*/layout has 4 bytes, its manifest says 3"):
+            await images.load(tmp_path / "layout")
+        assert images.list() == ()
+
+    run(settings(tmp_path, registry), story)
+
+
+def test_an_image_with_an_empty_config_is_not_taken_for_an_artifact(tmp_path: Path, registry: FakeRegistry) -> None:
+    manifest = json.loads(layers.image([tar([file("f")])]).manifest)
+    manifest["config"] |= {"digest": layers.digest(b""), "size": 0}
+    registry.add("team/model", "1", layers.Built(b"", json.dumps(manifest).encode(), ()))
+
+    async def story(images: Images) -> None:
+        with pytest.raises(Error, match=f"image {NAME}:1: its config is empty"):
+            await images.pull(f"{NAME}:1")
 
     run(settings(tmp_path, registry), story)
 
