@@ -275,6 +275,12 @@ class ImageSection:
     certs_dir: Path = setting(
         kinds.PATH, Path("/etc/containers/certs.d"), "Directories HOST[:PORT] with ca.crt, client.cert and client.key."
     )
+    decryption_keys_path: Path | None = setting(
+        kinds.OPTIONAL_PATH,
+        Path("/etc/crito/keys"),
+        "Directory of private keys (PEM, DER or JWK) for encrypted images; read at each pull, it may be missing. Empty:"
+        " none is decrypted.",
+    )
     pinned_images: tuple[str, ...] = setting(
         kinds.TEXTS, (), 'Images that kubelet must not collect: exact names, "prefix*" or "*word*".'
     )

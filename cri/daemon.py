@@ -558,6 +558,7 @@ def image_settings(config: Config) -> ImageSettings:
         auth_file=image.auth_file,
         certs_dir=image.certs_dir,
         pinned_images=image.pinned_images,
+        decryption_keys_path=image.decryption_keys_path,
         max_parallel_layers=image.max_parallel_layers,
         registry_limits={each.host: RegistryLimit(each.layers, each.rate) for each in image.registry_limits},
         connect_timeout_s=image.pull_connect_timeout,

@@ -50,9 +50,9 @@ class ImageVolumes:
 
 
 def _mount_layers(target: Path, layers: tuple[Path, ...]) -> None:
-    """An overlay needs two layers at least when nothing is to be written: a single one is mounted as it is."""
-    if len(layers) == 1:
-        mount.bind(layers[0], target, readonly=True)
+    """An overlay needs two layers at least when nothing is to be written: fewer are mounted as they are."""
+    if len(layers) < 2:
+        mount.bind(layers[0] if layers else target, target, readonly=True)
     else:
         mount.overlay(target, layers, readonly=True)
 

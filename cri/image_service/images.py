@@ -23,15 +23,16 @@ import oci.image
 from cri.image_service import auth, policy
 from cri.image_service import reference as references
 from cri.image_service.auth import Credentials
+from cri.image_service.contents import Artifact, Content, artifact_contents, image_contents
 from cri.image_service.group_sync import GroupSync
 from cri.image_service.implied import make_implied_layer
 from cri.image_service.joined import Joined
 from cri.image_service.limits import RegistryLimit, Slots
-from cri.image_service.manifest import Descriptor, Manifest, host_platform, is_digest, parse, parse_platform
+from cri.image_service.manifest import Descriptor, Manifest, host_platform, parse, parse_platform
 from cri.image_service.progress import LayerPhase, LayerProgress, Progress
 from cri.image_service.reference import Reference
 from cri.image_service.registries_conf import RegistriesFiles
-from cri.image_service.snapshots import LayerDirectory, References, directory_name, total
+from cri.image_service.snapshots import LayerDirectory, References, total
 from cri.image_service.store import Contents, ImageRecord, LayerRecord, Name, Store
 from cri.image_service.unpack import sync_filesystem
 from cri.image_service.workers import Workers
@@ -61,12 +62,13 @@ class ImageSettings:
     read_timeout_s: float = 30.0
     progress_timeout_s: float = 300.0  # without a byte fetched, unpacked or synced
     registry_limits: Mapping[str, RegistryLimit] = field(default_factory=dict)  # by registry
+    decryption_keys_path: Path | None = None  # private keys that encrypted layers are encrypted for
     keep_partial_s: float = 600.0  # how long layers of a pull that failed wait for the next try
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    id: str  # "sha256:<digest of the config>"
+    id: str  # "sha256:<digest of the config>"; of the manifest, for artifacts and encrypted images
     repo_tags: tuple[str, ...]
     repo_digests: tuple[str, ...]
     size_bytes: int
@@ -74,6 +76,7 @@ class Image:
     pinned: bool = False
     manifest_digest: str = ""
     pulled_at: int = 0  # ns since the epoch
+    artifact: Artifact | None = None  # None: it is a container image
 
     @property
     def uid(self) -> int | None:
@@ -119,11 +122,31 @@ class FsUsage:
 class _Layer:
     """A layer to have: what it shall be, and the worker's request that gets it."""
 
-    diff_id: str
-    size_bytes: int
+    content: Content
     request: dict[str, Any]
-    digest: str = ""  # of the blob to fetch; "" where it lies in a local file
     registry: str = ""
+
+    @property
+    def id(self) -> str:
+        return self.content.id
+
+    @property
+    def size_bytes(self) -> int:
+        return self.content.blob.size_bytes
+
+    @property
+    def digest(self) -> str:
+        """Of the blob; "" where nothing tells it."""
+        return self.content.blob.digest
+
+
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """What an image's documents say: a config, or an artifact; and what its layers become."""
+
+    config: ImageConfig
+    artifact: Artifact | None
+    contents: tuple[Content, ...] = ()
 
 
 class Images:
@@ -138,7 +161,7 @@ class Images:
         self._workers = Workers(settings.max_parallel_layers, settings.progress_timeout_s)
         self._slots = Slots(settings.max_parallel_layers, settings.registry_limits)
         self._syncs = GroupSync(partial(self._workers.call, {"verb": "sync", "path": str(settings.root)}))
-        self._partials: Counter[str] = Counter()  # digests of the blobs that are being fetched
+        self._partials: Counter[str] = Counter()  # names of the blobs that are being fetched
         self._suspects: set[str] = set()  # layers to verify before they are used
         self._checks: Joined[str, str] = Joined()
         self._pins: dict[str, bool] = {}
@@ -262,7 +285,7 @@ class Images:
         return tuple(self._workers.pids)
 
     async def raw_documents(self, image_id: str) -> tuple[str, str]:
-        """Config and manifest as they were pulled; the manifest is "" where the source had none."""
+        """Config and manifest as they were pulled; "" where the source had none, as config also of an artifact."""
         record = await self._db(self._store.image, image_id)
         if record is None:
             raise NotFound(f"image {image_id} is not on this node")
@@ -341,36 +364,46 @@ class Images:
                 "reference": wanted.digest or wanted.tag,
                 "platform": platform or str(host_platform()),
                 "sources": sources,
+                "keys_path": self._keys_path,
                 **self._timeouts(),
             }
         )
-        config = await self._config(resolved["config"], f"image {wanted}")
-        descriptors = [Descriptor(**each) for each in resolved["layers"]]
-        diff_ids = _diff_ids(config, len(descriptors), f"image {wanted}")
+        described = await self._described(resolved, f"image {wanted}")
         best = [sources[resolved["source"]], *(each for each in sources if each is not sources[resolved["source"]])]
-        layers = [
-            self._remote_layer(diff_id, descriptor, best, resolved["session"])
-            for diff_id, descriptor in zip(diff_ids, descriptors, strict=True)
-        ]
-        return await self._complete(resolved, config, layers, _names(wanted, resolved["digest"]), progress)
+        layers = [self._remote_layer(content, best, resolved["session"]) for content in described.contents]
+        return await self._complete(resolved, described, layers, _names(wanted, resolved["digest"]), progress)
 
-    def _remote_layer(
-        self, diff_id: str, descriptor: Descriptor, sources: Sequence[dict[str, Any]], session: dict[str, Any]
-    ) -> _Layer:
+    def _remote_layer(self, content: Content, sources: Sequence[dict[str, Any]], session: dict[str, Any]) -> _Layer:
         host = sources[0]["host"]
         limit = self._slots.limit(host)
         request = {
-            "verb": "layer",
+            **self._layer_request(content),
             "sources": sources,
             "session": session,
-            "digest": descriptor.digest,
-            "size_bytes": descriptor.size_bytes,
-            "partial": str(self._directory.partial(descriptor.digest)),
+            "size_bytes": content.blob.size_bytes,
+            "partial": str(self._directory.partial(content.partial)),
             **self._timeouts(),
         }
         if limit is not None and limit.bytes_per_s:
             request["pace"] = {"path": str(self._directory.pace(host)), "bytes_per_s": limit.bytes_per_s}
-        return _Layer(diff_id, descriptor.size_bytes, request, descriptor.digest, host)
+        return _Layer(content, request, host)
+
+    def _layer_request(self, content: Content) -> dict[str, Any]:
+        """What a worker must know of a layer, wherever its bytes come from."""
+        blob = content.blob
+        encryption = {"annotations": dict(blob.annotations), "keys_path": self._keys_path}
+        return {
+            "verb": "layer",
+            "id": content.id,
+            "digest": blob.digest,
+            "diff_id": content.diff_id,
+            "file": content.file,
+            "encryption": encryption if blob.is_encrypted else None,
+        }
+
+    @property
+    def _keys_path(self) -> str:
+        return str(self._settings.decryption_keys_path or "")
 
     async def _sources(self, wanted: Reference, credentials: Credentials | None) -> Sequence[dict[str, Any]]:
         conf = await asyncio.to_thread(self._registries.current)
@@ -419,7 +452,13 @@ class Images:
     async def _load(self, path: Path, name: Reference | None, scratch: Path, progress: Progress) -> tuple[Image, ...]:
         scopes = await asyncio.to_thread(policy.file_scopes, path)
         found = await self._workers.call(
-            {"verb": "inspect", "path": str(path), "scratch": str(scratch), "platform": str(host_platform())}
+            {
+                "verb": "inspect",
+                "path": str(path),
+                "scratch": str(scratch),
+                "platform": str(host_platform()),
+                "keys_path": self._keys_path,
+            }
         )
         if name is not None and len(found["images"]) != 1:
             raise InvalidArgument(f"{path} holds {len(found['images'])} images; one name is not enough for them")
@@ -429,21 +468,12 @@ class Images:
             await asyncio.to_thread(policy.check, self._settings.policy, transport, scopes, f"images of {path}")
             spelled = [name] if name is not None else [_local_name(each) for each in image["names"]]
             names = [pair for each in spelled if each is not None for pair in _names(each, image["manifest_digest"])]
-            config = await self._config(image["config"], f"image in {path}")
-            diff_ids = _diff_ids(config, len(image["layers"]), f"image in {path}")
+            described = await self._described(image, f"image in {path}")
             layers = [
-                _Layer(
-                    diff_id,
-                    where["size_bytes"],
-                    {
-                        "verb": "layer",
-                        "digest": where["digest"],
-                        "file": {key: where[key] for key in ("path", "offset", "size_bytes")},
-                    },
-                )
-                for diff_id, where in zip(diff_ids, image["layers"], strict=True)
+                _Layer(content, {**self._layer_request(content), "extent": extent})
+                for content, extent in zip(described.contents, image["extents"], strict=True)
             ]
-            loaded.append(await self._complete(image, config, layers, names, progress))
+            loaded.append(await self._complete(image, described, layers, names, progress))
         return tuple(loaded)
 
     async def load_bundle(self, directory: Path | None) -> None:
@@ -464,30 +494,38 @@ class Images:
 
     # ---- from documents to an image
 
+    async def _described(self, found: dict[str, Any], subject: str) -> _Described:
+        if found["config"]:
+            config = await self._config(found["config"], subject)
+            layers = [Descriptor(**each) for each in found["layers"]]
+            return _Described(config, None, image_contents(layers, config, subject))
+        artifact = await asyncio.to_thread(_artifact, found["manifest"], found["media_type"], subject)
+        return _Described(ImageConfig(), artifact, artifact.files)
+
     async def _complete(
         self,
         found: dict[str, Any],
-        config: ImageConfig,
+        described: _Described,
         layers: Sequence[_Layer],
         names: Iterable[tuple[str, bool]],
         progress: Progress,
     ) -> Image:
         """Has all layers here, then records the image and publishes it."""
-        by_diff_id = {layer.diff_id: layer for layer in layers}
-        missing = [layer for diff_id, layer in by_diff_id.items() if diff_id not in self._layers]
+        by_id = {layer.id: layer for layer in layers}
+        missing = [layer for layer_id, layer in by_id.items() if layer_id not in self._layers]
         progress.phase = "fetching"
-        progress.layers_total += len(by_diff_id)
-        progress.layers_done += len(by_diff_id) - len(missing)
+        progress.layers_total += len(by_id)
+        progress.layers_done += len(by_id) - len(missing)
         progress.bytes_total += sum(layer.size_bytes for layer in missing)
-        progress.layers += [LayerProgress(layer.diff_id, layer.digest, layer.size_bytes) for layer in missing]
+        progress.layers += [LayerProgress(layer.id, layer.digest, layer.size_bytes) for layer in missing]
         progress.changed()
-        self._references.claim(by_diff_id)
+        self._references.claim(by_id)
         try:
             # The largest first: what is left at the end shall be small.
-            by_size = sorted(by_diff_id.values(), key=lambda layer: -layer.size_bytes)
+            by_size = sorted(by_id.values(), key=lambda layer: -layer.size_bytes)
             await _all(self._have_layer(layer, progress) for layer in by_size)
-            image_id = found["config_digest"]
-            stack = await self._with_implied(image_id, config.diff_ids)
+            image_id = found["id"]
+            stack = await self._with_implied(image_id, tuple(layer.id for layer in layers))
             self._references.claim(stack)
             try:
                 record = ImageRecord(
@@ -496,33 +534,33 @@ class Images:
                     manifest=found["manifest"],
                     manifest_digest=found["manifest_digest"],
                     media_type=found["media_type"],
-                    size_bytes=sum(layer.size_bytes for layer in layers) + len(found["config"].encode()),
+                    size_bytes=sum(layer.size_bytes for layer in layers) + _document_bytes(found),
                     layers=stack,
                     pulled_at=time.time_ns(),
                 )
                 named = [Name(name, image_id, is_digest) for name, is_digest in names]
-                image = await self._finished(self._publish(record, config, named))
+                image = await self._finished(self._publish(record, described, named))
             finally:
                 self._references.unclaim(stack)
         finally:
-            self._references.unclaim(by_diff_id)
-            self._free_later(by_diff_id, always=sys.exc_info()[0] is not None)
+            self._references.unclaim(by_id)
+            self._free_later(by_id, always=sys.exc_info()[0] is not None)
         progress.phase = "done"
         progress.changed()
         return image
 
-    async def _publish(self, record: ImageRecord, config: ImageConfig, names: Sequence[Name]) -> Image:
+    async def _publish(self, record: ImageRecord, described: _Described, names: Sequence[Name]) -> Image:
         async with self._catalog:
             await self._db(self._store.put_image, record, names)
-            return self._published(record, config, names)
+            return self._published(record, described, names)
 
-    def _published(self, record: ImageRecord, config: ImageConfig, names: Sequence[Name]) -> Image:
+    def _published(self, record: ImageRecord, described: _Described, names: Sequence[Name]) -> Image:
         moved_from = {self._names[name.name].image_id for name in names if name.name in self._names}
         for name in names:
             self._names[name.name] = name
         self._layers_of[record.id] = record.layers
         self._references.set_image(record.id, record.layers)
-        self._images[record.id] = self._image(record, config)
+        self._images[record.id] = self._image(record, described)
         for image_id in moved_from - {record.id}:
             if image_id in self._images:
                 self._images[image_id] = self._renamed(self._images[image_id])
@@ -536,55 +574,53 @@ class Images:
             tried = True
             return self._fetch(layer, progress)
 
-        if layer.diff_id in self._suspects and layer.diff_id in self._layers:
-            await self._check(layer.diff_id)
-        while layer.diff_id not in self._layers:
-            if (leaving := self._leaving.get(layer.diff_id)) is not None:
+        if layer.id in self._suspects and layer.id in self._layers:
+            await self._check(layer.id)
+        while layer.id not in self._layers:
+            if (leaving := self._leaving.get(layer.id)) is not None:
                 await asyncio.shield(leaving)
-            if (settling := self._settling.get(layer.diff_id)) is not None:
+            if (settling := self._settling.get(layer.id)) is not None:
                 await asyncio.wait([settling])
                 continue
             try:
-                await self._layer_work.run(layer.diff_id, fetch)
+                await self._layer_work.run(layer.id, fetch)
             except Error:
                 if tried:
                     raise
                 continue  # another pull's source failed it; ours may not
             progress.layers_done += 1
-            progress.arrived(layer.diff_id)
+            progress.arrived(layer.id)
 
     async def _fetch(self, layer: _Layer, progress: Progress) -> None:
         """Fetches and unpacks one layer in a worker, then commits it. On any error nothing of it stays in sight."""
-        shown = progress.layer(layer.diff_id, layer.digest, layer.size_bytes)
+        shown = progress.layer(layer.id, layer.digest, layer.size_bytes)
 
         def progressed(now: dict[str, int]) -> None:
             self.totals.fetched_bytes += max(0, now["fetched"] - shown.bytes_fetched)
             shown.phase = LayerPhase.FETCHING if now["fetched"] < layer.size_bytes else LayerPhase.UNPACKING
             progress.count(shown, now["fetched"], now["unpacked"])
 
-        temporary = self._directory.new_temporary(layer.diff_id)
-        self._partials[layer.digest] += 1
+        temporary = self._directory.new_temporary(layer.id)
+        self._partials[layer.content.partial] += 1
         try:
             async with self._slots.taken(layer.registry, shown), self._syncs.unpacking():
                 shown.phase = LayerPhase.FETCHING
-                made = await self._workers.call(
-                    {**layer.request, "diff_id": layer.diff_id, "directory": str(temporary)}, progressed
-                )
+                made = await self._workers.call({**layer.request, "directory": str(temporary)}, progressed)
                 progressed({"fetched": layer.size_bytes, "unpacked": made["unpacked_bytes"]})
             shown.phase = LayerPhase.COMMITTING
             progress.changed()
-            record = LayerRecord(layer.diff_id, made["size_bytes"], made["inodes"], tuple(made["implied"]))
-            settling = self._settling[layer.diff_id] = self._spawn(self._settle(temporary, record))
-            settling.add_done_callback(lambda _: self._settling.pop(layer.diff_id, None))
+            record = LayerRecord(layer.id, made["size_bytes"], made["inodes"], tuple(made["implied"]))
+            settling = self._settling[layer.id] = self._spawn(self._settle(temporary, record))
+            settling.add_done_callback(lambda _: self._settling.pop(layer.id, None))
             await asyncio.shield(settling)
         except BaseException as error:
             shown.phase = LayerPhase.FAILED
             self.totals.failed_layers += not isinstance(error, asyncio.CancelledError)
-            if layer.diff_id not in self._settling:  # what is whole is kept, also of a pull that fails
+            if layer.id not in self._settling:  # what is whole is kept, also of a pull that fails
                 self._discard(temporary)
             raise
         finally:
-            self._partials[layer.digest] -= 1
+            self._partials[layer.content.partial] -= 1
         self.totals.layers += 1
         shown.phase = LayerPhase.DONE
 
@@ -746,16 +782,20 @@ class Images:
             f"layer {diff_id} was damaged by an unclean shutdown and could not be fetched again: {reason}"
         )
 
-    async def _layer_of(self, image_id: str, diff_id: str, name: Reference) -> _Layer:
+    async def _layer_of(self, image_id: str, layer_id: str, name: Reference) -> _Layer:
         """How to fetch one layer of an image that is here, from where `name` points to."""
         record = await self._db(self._store.image, image_id)
         if record is None or not record.manifest:
             raise NotFound(f"image {image_id} has no manifest that tells its layers' digests")
-        config = await self._config(record.config, f"image {image_id}")
-        manifest = parse(record.manifest.encode(), record.media_type, f"image {image_id}")
+        subject = f"image {image_id}"
+        manifest = parse(record.manifest.encode(), record.media_type, subject)
         assert isinstance(manifest, Manifest)  # an index is never recorded
-        at = config.diff_ids.index(diff_id)
-        return self._remote_layer(diff_id, manifest.layers[at], await self._sources(name, None), {})
+        if record.is_artifact:
+            found = artifact_contents(manifest, subject).files
+        else:
+            found = image_contents(manifest.layers, await self._config(record.config, subject), subject)
+        wanted = next(content for content in found if content.id == layer_id)
+        return self._remote_layer(wanted, await self._sources(name, None), {})
 
     def _image_names(self, image_id: str) -> tuple[str, ...]:
         image = self._images.get(image_id)
@@ -834,9 +874,7 @@ class Images:
     def _free_now(self) -> None:
         self._later = None
         self._free(self._layers)
-        self._spawn(
-            self._db(self._directory.drop_partials, [digest for digest, count in self._partials.items() if count])
-        )
+        self._spawn(self._db(self._directory.drop_partials, [name for name, count in self._partials.items() if count]))
 
     def _free(self, layers: Iterable[str]) -> None:
         unneeded = [diff_id for diff_id in self._references.unneeded(tuple(layers)) if diff_id in self._layers]
@@ -886,18 +924,19 @@ class Images:
             self._layers_of[record.id] = record.layers
             self._references.set_image(record.id, record.layers)
             if not record.removed:
-                self._images[record.id] = self._image(record, oci.image.from_json(record.config))
+                self._images[record.id] = self._image(record, _described_by(record))
 
-    def _image(self, record: ImageRecord, config: ImageConfig) -> Image:
+    def _image(self, record: ImageRecord, described: _Described) -> Image:
         return self._renamed(
             Image(
                 id=record.id,
                 repo_tags=(),
                 repo_digests=(),
                 size_bytes=record.size_bytes,
-                config=config,
+                config=described.config,
                 manifest_digest=record.manifest_digest,
                 pulled_at=record.pulled_at,
+                artifact=described.artifact,
             )
         )
 
@@ -1000,7 +1039,7 @@ def _ignored(_: dict[str, int]) -> None:
 
 def _is_readable(image: ImageRecord) -> bool:
     try:
-        oci.image.from_json(image.config)
+        _described_by(image)
     except Error:
         return False
     return True
@@ -1023,14 +1062,24 @@ def _local_name(text: str) -> Reference | None:
     return references.with_registry(parsed, references.DOCKER_HUB) if parsed.is_short else parsed
 
 
-def _diff_ids(config: ImageConfig, layers: int, subject: str) -> tuple[str, ...]:
-    for diff_id in config.diff_ids:
-        if not is_digest(diff_id):
-            raise Error(f"{subject}: its config has the diff ID {diff_id!r}, not a digest")
-        directory_name(diff_id)
-    if len(config.diff_ids) != layers:
-        raise Error(f"{subject} has {layers} layers, but its config tells {len(config.diff_ids)} diff IDs")
-    return config.diff_ids
+def _described_by(record: ImageRecord) -> _Described:
+    if record.is_artifact:
+        return _Described(ImageConfig(), _artifact(record.manifest, record.media_type, f"image {record.id}"))
+    return _Described(oci.image.from_json(record.config), None)
+
+
+def _artifact(manifest: str, media_type: str, subject: str) -> Artifact:
+    found = parse(manifest.encode(), media_type, subject)
+    if not isinstance(found, Manifest):
+        raise Error(f"{subject} is an index, not an artifact")
+    if not found.artifact_type:
+        raise Error(f"{subject}: its config is empty")
+    return artifact_contents(found, subject)
+
+
+def _document_bytes(found: dict[str, Any]) -> int:
+    """The size of what describes an image; of an artifact, whose config is no matter, that is its manifest."""
+    return len((found["config"] or found["manifest"]).encode())
 
 
 def _without_repeats(diff_ids: tuple[str, ...]) -> tuple[str, ...]:

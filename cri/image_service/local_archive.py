@@ -20,6 +20,7 @@ from cri.image_service.manifest import (
     Platform,
     check_digest,
     choose,
+    image_id,
     parse,
 )
 from oci.errors import Error, InvalidArgument, NotFound
@@ -62,9 +63,9 @@ class LocalImage:
     manifest: bytes  # b"" where the format has none
     media_type: str
     manifest_digest: str
-    config: bytes
-    config_digest: str
-    layers: tuple[tuple[Extent, str], ...]  # with the digest to verify, "" for none
+    config: bytes  # b"" of an artifact
+    id: str
+    layers: tuple[tuple[Extent, Descriptor], ...]  # with the digest to verify, "" for none
 
 
 class Members:
@@ -93,6 +94,13 @@ class Members:
     def blob(self, digest: str) -> Extent:
         algorithm, _, encoded = digest.partition(":")
         return self.get(f"blobs/{algorithm}/{encoded}")
+
+    def layer(self, descriptor: Descriptor) -> Extent:
+        found = self.blob(descriptor.digest)
+        if found.size_bytes != descriptor.size_bytes:
+            said = f"its manifest says {descriptor.size_bytes}"
+            raise Error(f"blob {descriptor.digest} in {self.path} has {found.size_bytes} bytes, {said}")
+        return found
 
     def document(self, descriptor: Descriptor, limit: int) -> bytes:
         content = self.blob(descriptor.digest).read(limit)
@@ -132,7 +140,7 @@ def _oci_images(members: Members, platform: Platform) -> list[LocalImage]:
             known.media_type,
             known.manifest_digest,
             known.config,
-            known.config_digest,
+            known.id,
             known.layers,
         )
     if not images:
@@ -148,9 +156,9 @@ def _oci_image(members: Members, descriptor: Descriptor, platform: Platform) -> 
         subject = f"manifest {descriptor.digest} in {members.path}"
         found = parse(text, descriptor.media_type, subject)
         if isinstance(found, Manifest):
-            config = members.document(found.config, CONFIG_LIMIT_BYTES)
-            layers = tuple((members.blob(layer.digest), layer.digest) for layer in found.layers)
-            return LocalImage((), text, descriptor.media_type, top.digest, config, found.config.digest, layers)
+            layers = tuple((members.layer(layer), layer) for layer in found.layers)
+            config = b"" if found.artifact_type else members.document(found.config, CONFIG_LIMIT_BYTES)
+            return LocalImage((), text, descriptor.media_type, top.digest, config, image_id(found, text), layers)
         descriptor = choose(found, platform, subject)
     raise Error(f"{members.path}: indexes in indexes, more than {_NESTED_INDEXES} deep")
 
@@ -175,7 +183,8 @@ def _docker_image(members: Members, entry: dict[str, Any]) -> LocalImage:
 
     config = members.get(entry["Config"]).read(CONFIG_LIMIT_BYTES)
     digest = f"sha256:{hashlib.sha256(config).hexdigest()}"
-    layers = tuple((members.get(name), "") for name in entry["Layers"])
+    extents = [members.get(name) for name in entry["Layers"]]
+    layers = tuple((extent, Descriptor("", "", extent.size_bytes)) for extent in extents)
     return LocalImage(tuple(entry.get("RepoTags") or ()), b"", "", "", config, digest, layers)
 
 

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from oci.errors import Error, InvalidArgument, NotFound, Unimplemented
@@ -23,8 +24,12 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 _CONFIG_TYPES = (
     "application/vnd.oci.image.config.v1+json",
     "application/vnd.docker.container.image.v1+json",
-    "application/octet-stream",  # as old Docker registries say
 )
+_VAGUE_CONFIG_TYPES = ("", "application/octet-stream")  # as old Docker registries say
+_LAYER_TYPES = ("application/vnd.oci.image.layer.", "application/vnd.docker.image.rootfs.")
+_EMPTY = "application/vnd.oci.empty.v1+json"
+_ENCRYPTED = "+encrypted"
+_ANY_PLATFORM = 100  # a rank behind those of all variants
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,12 @@ class Descriptor:
     media_type: str
     digest: str
     size_bytes: int
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether the blob is ciphertext. Source: containers/ocicrypt, spec/spec.go."""
+        return self.media_type.endswith(_ENCRYPTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +59,7 @@ class Platform:
 class Manifest:
     config: Descriptor
     layers: tuple[Descriptor, ...]  # lowest first
+    artifact_type: str = ""  # "" where it is a container image
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +70,7 @@ class Index:
 
 
 def parse(text: bytes, media_type: str, subject: str) -> Manifest | Index:
-    """Raises Error naming `subject` and what is wrong; Unimplemented for what is no container image."""
+    """Raises Error naming `subject` and what is wrong; Unimplemented for an image of schema 1."""
     document = _object(text, subject)
     media_type = document.get("mediaType") or media_type.partition(";")[0].strip()
     if document.get("schemaVersion") == 1:
@@ -72,7 +84,10 @@ def parse(text: bytes, media_type: str, subject: str) -> Manifest | Index:
 
 
 def choose(index: Index, wanted: Platform, subject: str) -> Descriptor:
-    """The manifest for `wanted`: its best variant. Raises NotFound naming the platforms that there are."""
+    """The manifest for `wanted`: its best variant, else the first that names no platform at all.
+
+    Raises NotFound naming the platforms that there are.
+    """
     best: tuple[int, Descriptor] | None = None
     for descriptor, platform in index.manifests:
         rank = _rank(platform, wanted)
@@ -82,6 +97,16 @@ def choose(index: Index, wanted: Platform, subject: str) -> Descriptor:
         offered = sorted({str(platform) for _, platform in index.manifests if platform is not None})
         raise NotFound(f"{subject} has no image for {wanted}; it has {', '.join(offered) or 'none'}")
     return best[1]
+
+
+def image_id(manifest: Manifest, text: bytes) -> str:
+    """What the node calls it: an image by its config's digest, which decides what it is made of.
+
+    An artifact's config says nothing, and an encrypted image's not which ciphertext it stands for: their manifests do.
+    """
+    if manifest.artifact_type or any(layer.is_encrypted for layer in manifest.layers):
+        return f"sha256:{hashlib.sha256(text).hexdigest()}"
+    return manifest.config.digest
 
 
 def parse_platform(text: str) -> Platform:
@@ -119,7 +144,9 @@ def is_digest(text: object) -> bool:
 
 def _rank(platform: Platform | None, wanted: Platform) -> int | None:
     """How far a platform is from the wanted one, 0 being the best; None where it cannot run."""
-    if platform is None or (platform.os, platform.architecture) != (wanted.os, wanted.architecture):
+    if platform is None:
+        return _ANY_PLATFORM
+    if (platform.os, platform.architecture) != (wanted.os, wanted.architecture):
         return None
     variants = _variants(wanted)
     return variants.index(platform.variant) if platform.variant in variants else None
@@ -142,9 +169,29 @@ def _manifest(document: dict[str, Any], subject: str) -> Manifest:
     if not isinstance(layers, list):
         raise Error(f"{subject}: layers must be a list")
     config = _descriptor(document.get("config"), f"{subject}: config")
-    if config.media_type not in _CONFIG_TYPES:
-        raise Unimplemented(f"{subject} is an artifact of type {config.media_type!r}, not a container image")
-    return Manifest(config, tuple(_descriptor(each, f"{subject}: layer {at}") for at, each in enumerate(layers)))
+    described = tuple(_descriptor(each, f"{subject}: layer {at}") for at, each in enumerate(layers))
+    artifact_type = _artifact_type(document.get("artifactType"), config, described)
+    if artifact_type:
+        described = tuple(layer for layer in described if not _is_placeholder(layer))
+    return Manifest(config, described, artifact_type)
+
+
+def _is_placeholder(layer: Descriptor) -> bool:
+    """What an artifact has that has no layers. Source: OCI image-spec, manifest.md, "Guidelines for Artifact Usage"."""
+    return layer.media_type == _EMPTY and not layer.annotations
+
+
+def _artifact_type(said: object, config: Descriptor, layers: tuple[Descriptor, ...]) -> str:
+    """ "" for a container image: with an image's config, and layers of an image where anything speaks against it.
+
+    Source: OCI image-spec, manifest.md, "Guidelines for Artifact Usage".
+    """
+    said = said if isinstance(said, str) else ""
+    is_sure = config.media_type in _CONFIG_TYPES and not said
+    is_possible = config.media_type in _CONFIG_TYPES + _VAGUE_CONFIG_TYPES
+    if is_sure or (is_possible and all(layer.media_type.startswith(_LAYER_TYPES) for layer in layers)):
+        return ""
+    return said or config.media_type or "unknown"
 
 
 def _index(document: dict[str, Any], subject: str) -> Index:
@@ -172,7 +219,13 @@ def _descriptor(value: object, subject: str) -> Descriptor:
     size = value.get("size")
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
         raise Error(f"{subject} has the size {size!r}")
-    return Descriptor(str(value.get("mediaType", "")), value["digest"], size)
+    return Descriptor(str(value.get("mediaType") or ""), value["digest"], size, _annotations(value.get("annotations")))
+
+
+def _annotations(value: object) -> dict[str, str]:
+    if not isinstance(value, dict):
+        return {}
+    return {name: text for name, text in value.items() if isinstance(text, str)}
 
 
 def _object(text: bytes, subject: str) -> dict[str, Any]:

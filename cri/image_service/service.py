@@ -109,7 +109,21 @@ def _to_cri(image: Image) -> api.Image:
 
 
 def _info(image: Image) -> dict[str, Any]:
-    """What crictl inspecti shows beyond the CRI's fields: the image configuration, in the OCI's names."""
+    """What crictl inspecti shows beyond the CRI's fields: the image configuration, in the OCI's names.
+
+    Of an artifact it is the type and the files.
+    """
+    if image.artifact is not None:
+        files = [
+            {
+                "path": each.file,
+                "mediaType": each.blob.media_type,
+                "digest": each.blob.digest,
+                "size": each.blob.size_bytes,
+            }
+            for each in image.artifact.files
+        ]
+        return {"artifact": {"type": image.artifact.type, "files": files}}
     config = image.config
     return {
         "imageSpec": {

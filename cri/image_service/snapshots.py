@@ -1,9 +1,10 @@
 """Layers on the disk, and who needs them: images, containers, and pulls under way. What nobody needs goes.
 
 root/layers/<hex of the diff ID>/diff   a committed layer, with a record in images.db
+root/layers/<kind>-<hex>/diff           one that is known otherwise than by its diff ID: see contents.py, implied.py
 root/layers/<hex>.tmp-<random>/         being unpacked, or left by a crash: swept at the next start
 root/trash/<random>                     on its way out
-root/partial/<digest>                   what has come of a blob, for the next try should this one be cut short
+root/partial/<digest or id>             what has come of a blob, for the next try should this one be cut short
 root/pace/<registry>                    how far ahead of a registry's rate its workers are
 root/running                            the boot id of the daemon at work; gone after a clean end
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from cri.image_service.store import LayerRecord
 from oci.errors import NotFound
 
-_KNOWN_ALGORITHMS = ("sha256", "sha512", "implied")
+_KNOWN_ALGORITHMS = ("sha256", "sha512", "implied", "encrypted", "artifact")
 
 
 class LayerDirectory:
@@ -56,15 +57,15 @@ class LayerDirectory:
         """The layer's directory: its tree, and the list of its files."""
         return self._layers / directory_name(diff_id)
 
-    def partial(self, digest: str) -> Path:
-        return self._partial / digest.replace(":", "-")
+    def partial(self, name: str) -> Path:
+        return self._partial / name.replace(":", "-")
 
     def pace(self, host: str) -> Path:
         return self._pace / host.replace("/", "-")
 
     def drop_partials(self, wanted: Iterable[str]) -> None:
-        """Removes what has come of blobs, except of those with these digests."""
-        keep = {self.partial(digest) for digest in wanted}
+        """Removes what has come of blobs, except of those with these names."""
+        keep = {self.partial(name) for name in wanted}
         for path in self._partial.iterdir():
             if path not in keep:
                 path.unlink(missing_ok=True)

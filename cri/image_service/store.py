@@ -47,7 +47,7 @@ class LayerRecord:
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
     id: str
-    config: str  # JSON, as pulled
+    config: str  # JSON, as pulled; "" for an artifact, which has none of interest
     manifest: str  # JSON, as pulled; "" where the source had none
     manifest_digest: str
     media_type: str
@@ -55,6 +55,10 @@ class ImageRecord:
     layers: tuple[str, ...]  # lowest first
     pulled_at: int  # ns since the epoch
     removed: bool = False  # kept only for containers that still run from it
+
+    @property
+    def is_artifact(self) -> bool:
+        return not self.config
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,7 +202,7 @@ def _doing(request: dict[str, Any]) -> str:
         case "resolve":
             return f"asking for {request['name']}"
         case "layer":
-            return f"fetching and unpacking layer {request['digest'] or request['diff_id']}"
+            return f"fetching and unpacking layer {request['digest'] or request['id']}"
         case "inspect":
             return f"reading {request['path']}"
         case verb:

@@ -345,6 +345,11 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
     # Small steps
 
     async def _to_run(self, image: Image, spec: ContainerSpec) -> ImageToRun:
+        if image.artifact is not None:
+            raise InvalidArgument(
+                f"config.image.image: {_image_ref(image)} is an artifact of type {image.artifact.type!r}, not a"
+                " container image: it can be mounted as a volume, but not run"
+            )
         for image_id in (image.id, *(self._images.resolve(mount.image).id for mount in spec.mounts if mount.image)):
             await self._images.ensure(image_id)
         layers = self._images.layer_paths(image.id)

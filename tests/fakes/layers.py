@@ -98,10 +98,39 @@ def image(
     return Built(config_bytes, json.dumps(manifest).encode(), layers)
 
 
+EMPTY = "application/vnd.oci.empty.v1+json"
+TITLE = "org.opencontainers.image.title"
+
+
+def artifact(
+    files: Iterable[tuple[str | None, bytes]],
+    artifact_type: str = "application/vnd.example.model",
+    media_type: str = "application/octet-stream",
+    annotation: str = TITLE,
+) -> Built:
+    """An artifact of files by title; None is a file without one."""
+    given = tuple(files)
+    described = [
+        {**_descriptor(content, media_type), **({"annotations": {annotation: name}} if name is not None else {})}
+        for name, content in given
+    ]
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "artifactType": artifact_type,
+        "config": _descriptor(b"{}", EMPTY),
+        "layers": described,
+    }
+    return Built(b"{}", json.dumps(manifest).encode(), tuple(content for _, content in given))
+
+
 def index(images: Mapping[str, Built]) -> bytes:
-    """An OCI index of images by "os/architecture[/variant]"."""
-    entries = []
+    """An OCI index of images by "os/architecture[/variant]", or "" for an entry that names no platform."""
+    entries: list[dict[str, Any]] = []
     for platform, built in images.items():
+        if not platform:
+            entries.append(_descriptor(built.manifest, OCI_MANIFEST))
+            continue
         os_name, architecture, *variant = platform.split("/")
         described = {"os": os_name, "architecture": architecture, **({"variant": variant[0]} if variant else {})}
         entries.append({**_descriptor(built.manifest, OCI_MANIFEST), "platform": described})

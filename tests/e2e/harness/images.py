@@ -114,3 +114,21 @@ def image(
         **({"annotations": dict(annotations)} if annotations else {}),
     }
     return TestImage(Blob(MANIFEST, json.dumps(manifest).encode()), config_blob, layers)
+
+
+def artifact(files: Mapping[str, bytes], artifact_type: str = "application/vnd.example.model") -> TestImage:
+    """An OCI artifact of files by title; its id is the manifest's digest."""
+    blobs = tuple(Blob("application/octet-stream", content) for content in files.values())
+    config = Blob("application/vnd.oci.empty.v1+json", b"{}")
+    described = [
+        {**blob.descriptor(), "annotations": {"org.opencontainers.image.title": title}}
+        for title, blob in zip(files, blobs, strict=True)
+    ]
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": MANIFEST,
+        "artifactType": artifact_type,
+        "config": config.descriptor(),
+        "layers": described,
+    }
+    return TestImage(Blob(MANIFEST, json.dumps(manifest).encode()), config, blobs)

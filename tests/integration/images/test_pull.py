@@ -28,7 +28,6 @@ from oci.errors import (
     PermissionDenied,
     ResourceExhausted,
     Unavailable,
-    Unimplemented,
 )
 from tests.fakes import layers
 from tests.fakes.layers import OCI_INDEX, directory, file, tar
@@ -503,16 +502,6 @@ def test_an_image_that_makes_no_sense_is_refused(
     registry.add("team/app", "1", layers.image(tars, diff_ids=diff_ids))
 
     with pytest.raises(Error, match=complaint):
-        pull(settings(tmp_path, registry))
-
-
-def test_an_artifact_is_no_image(tmp_path: Path, registry: FakeRegistry) -> None:
-    built = app()
-    manifest = json.loads(built.manifest)
-    manifest["config"]["mediaType"] = "application/vnd.cncf.helm.config.v1+json"
-    registry.manifests["team/app:1"] = (json.dumps(manifest).encode(), layers.OCI_MANIFEST)
-
-    with pytest.raises(Unimplemented, match=r"artifact of type 'application/vnd.cncf.helm"):
         pull(settings(tmp_path, registry))
 
 

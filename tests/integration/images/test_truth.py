@@ -305,11 +305,14 @@ def test_what_has_come_of_a_blob_and_is_wrong_is_not_used_twice(tmp_path: Path, 
     run(where, story)
 
 
+@pytest.mark.parametrize("kind", ["image", "artifact"])
 @pytest.mark.parametrize("victim", ["daemon", "worker"])
 def test_kills_at_any_moment_of_a_pull_leave_a_store_in_which_every_listed_image_is_whole(
-    tmp_path: Path, registry: FakeRegistry, victim: str
+    tmp_path: Path, registry: FakeRegistry, victim: str, kind: str
 ) -> None:
-    built = registry.add("team/app", "1", layers.image([BASE, TOP, OTHER]))
+    contents = [BASE, TOP, OTHER]
+    artifact = layers.artifact((f"dir/{at}", content) for at, content in enumerate(contents))
+    built = registry.add("team/app", "1", layers.image(contents) if kind == "image" else artifact)
     where = settings(tmp_path, registry)
     for moment in range(8):
         with puller(where) as daemon:
@@ -323,7 +326,7 @@ def test_kills_at_any_moment_of_a_pull_leave_a_store_in_which_every_listed_image
                 daemon.wait(30)
 
         run(where, expect_whole)
-    assert run(where, lambda images: images.pull(f"{NAME}:1")).id == built.id
+    assert run(where, lambda images: images.pull(f"{NAME}:1")).manifest_digest == built.digest
 
 
 async def expect_whole(images: Images) -> None:

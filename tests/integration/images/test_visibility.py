@@ -139,12 +139,21 @@ def test_a_bundle_directory_is_loaded_and_pinned_and_what_is_no_image_is_passed_
     run(settings(tmp_path, registry), story)
 
 
+def image_of_many_files() -> layers.Built:
+    plain = tar([file(f"f{at}", os.urandom(200)) for at in range(3000)])
+    return layers.image([plain, *(tar([file(str(at), b"x" * 9000)]) for at in range(5))])
+
+
+def artifact_of_many_files() -> layers.Built:
+    return layers.artifact((f"directory/file-{at}", b"%d" % at) for at in range(300))
+
+
+@pytest.mark.parametrize("make", [image_of_many_files, artifact_of_many_files])
 def test_the_daemons_loop_is_never_busy_for_10_ms_with_a_pull(
-    tmp_path: Path, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch, make: Callable[[], layers.Built]
 ) -> None:
     """Processor time of each step of the loop: waiting for the processor is not of our making."""
-    plain = tar([file(f"f{at}", os.urandom(200)) for at in range(3000)])
-    registry.add("team/app", "1", layers.image([plain, *(tar([file(str(at), b"x" * 9000)]) for at in range(5))]))
+    registry.add("team/app", "1", make())
     steps: list[float] = []
     step = asyncio.events.Handle._run
 
