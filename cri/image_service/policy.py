@@ -300,7 +300,7 @@ def _material(fields: Object, names: tuple[str, ...], *, exactly_one: bool = Fal
 
 def _decoded(text: str, subject: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode(text.replace("\n", "").replace("\r", ""), validate=True)  # base64(1) breaks lines
     except (binascii.Error, ValueError) as error:
         raise Error(f"{subject} is not base64") from error
 

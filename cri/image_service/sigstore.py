@@ -190,9 +190,9 @@ def _check_chain(
     authorities = (
         ExtensionPolicy.webpki_defaults_ca()
         .may_be_present(x509.KeyUsage, any_way, _signs_certificates)
-        .may_be_present(x509.ExtendedKeyUsage, any_way, _signs_code_or_all)
+        .may_be_present(x509.ExtendedKeyUsage, any_way, _signs_code)
     )
-    leaves = ExtensionPolicy.permit_all().require_present(x509.ExtendedKeyUsage, any_way, _signs_code)
+    leaves = ExtensionPolicy.permit_all().may_be_present(x509.ExtendedKeyUsage, any_way, _signs_code)
     builder = PolicyBuilder().store(Store(roots)).time(moment.astimezone(UTC).replace(tzinfo=None))
     try:
         verifier = builder.extension_policies(ca_policy=authorities, ee_policy=leaves).build_client_verifier()
@@ -206,16 +206,11 @@ def _signs_certificates(_: Policy, __: x509.Certificate, usage: x509.KeyUsage | 
         raise ValueError("an authority's key is not for signing certificates")
 
 
-def _signs_code_or_all(_: Policy, __: x509.Certificate, usage: x509.ExtendedKeyUsage | None) -> None:
-    if usage is not None and not {ExtendedKeyUsageOID.CODE_SIGNING, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE} & set(
-        usage
-    ):
-        raise ValueError("an authority is not for code signing")
-
-
 def _signs_code(_: Policy, __: x509.Certificate, usage: x509.ExtendedKeyUsage | None) -> None:
-    if usage is None or ExtendedKeyUsageOID.CODE_SIGNING not in usage:
-        raise ValueError("the certificate is not for code signing")
+    """A certificate without this extension is for everything (RFC 5280, 4.2.1.12)."""
+    accepted = {ExtendedKeyUsageOID.CODE_SIGNING, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
+    if usage is not None and accepted.isdisjoint(usage):
+        raise ValueError("a certificate is not for code signing")
 
 
 def _oidc_issuer(certificate: x509.Certificate) -> str:
@@ -309,7 +304,7 @@ def _annotation(signature: Signature, name: str) -> str:
 
 def _base64(text: str, subject: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode(text.replace("\n", "").replace("\r", ""), validate=True)  # signers may break lines
     except (binascii.Error, ValueError) as error:
         raise Error(f"{subject} is not base64") from error
 
@@ -319,4 +314,4 @@ def _pem_body(text: str, subject: str) -> bytes:
     found = _PEM.fullmatch(text)
     if found is None:
         raise Error(f"{subject} is not a single key or certificate in PEM")
-    return _base64("".join(found.group(2).split()), subject)
+    return _base64(found.group(2), subject)

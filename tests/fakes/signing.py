@@ -179,7 +179,7 @@ class Authority:
         issuer_v2: str | None = None,
         starts: datetime = SIGNED_AT - timedelta(minutes=5),
         ends: datetime = SIGNED_AT + timedelta(minutes=5),
-        usage: x509.ObjectIdentifier = ExtendedKeyUsageOID.CODE_SIGNING,
+        usage: x509.ObjectIdentifier | None = ExtendedKeyUsageOID.CODE_SIGNING,
     ) -> bytes:
         extensions: list[tuple[x509.ExtensionType, bool]] = [(x509.SubjectAlternativeName(names), True)]
         if issuer:
@@ -228,7 +228,7 @@ def _certificate(
     ends: datetime,
     *,
     authority: bool = False,
-    usage: x509.ObjectIdentifier = ExtendedKeyUsageOID.CODE_SIGNING,
+    usage: x509.ObjectIdentifier | None = ExtendedKeyUsageOID.CODE_SIGNING,
     extensions: Sequence[tuple[x509.ExtensionType, bool]] = (),
 ) -> x509.Certificate:
     builder = (
@@ -239,8 +239,9 @@ def _certificate(
         .serial_number(x509.random_serial_number())
         .not_valid_before(starts)
         .not_valid_after(ends)
-        .add_extension(x509.ExtendedKeyUsage([usage]), False)
     )
+    if usage is not None:
+        builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), False)
     if authority:
         builder = builder.add_extension(x509.BasicConstraints(True, None), True)
         builder = builder.add_extension(

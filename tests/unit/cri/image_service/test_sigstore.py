@@ -101,6 +101,14 @@ def test_what_is_no_signature_does_not_count(annotations: dict[str, str], compla
         verified(Signature(Format.SIGSTORE, PAYLOAD, annotations), by_key(KEY), LATER)
 
 
+def test_base64_may_have_line_ends() -> None:
+    made = signature(KEY, PAYLOAD)
+    encoded = made.annotations[ANNOTATION]
+
+    broken = replace(made, annotations={ANNOTATION: encoded[:40] + "\r\n" + encoded[40:] + "\n"})
+    assert verified(broken, by_key(KEY), LATER) == PAYLOAD
+
+
 def test_a_broken_key_in_the_policy_is_told() -> None:
     wanted = SigstoreSigned(IDENTITY, (public_pem(KEY), b"no key"))
 
@@ -187,6 +195,11 @@ def test_a_certificate_counts_at_the_time_that_the_log_tells() -> None:
     assert verified(keyless(), by_fulcio(), LATER) == PAYLOAD
 
 
+@pytest.mark.parametrize("usage", [None, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE])
+def test_a_certificate_for_everything_is_for_signing_code(usage: x509.ObjectIdentifier | None) -> None:
+    assert verified(keyless(usage=usage), by_fulcio(), LATER) == PAYLOAD
+
+
 def test_a_newer_certificate_tells_its_issuer_in_der() -> None:
     assert verified(keyless(issuer="", issuer_v2=ISSUER), by_fulcio(), LATER) == PAYLOAD
     assert verified(keyless(issuer_v2=ISSUER), by_fulcio(), LATER) == PAYLOAD
@@ -202,7 +215,7 @@ def test_a_newer_certificate_tells_its_issuer_in_der() -> None:
         ({"issuer_v2": "https://other.test"}, "names two OIDC issuers"),
         ({"names": [x509.RFC822Name("other@example.test")]}, "is for other@example.test, expected dev@example.test"),
         ({"names": [x509.DNSName("example.test")]}, "is for no email address, expected"),
-        ({"usage": ExtendedKeyUsageOID.SERVER_AUTH}, "is not for code signing"),
+        ({"usage": ExtendedKeyUsageOID.SERVER_AUTH}, "a certificate is not for code signing"),
         ({"ends": SIGNED_AT - timedelta(seconds=1)}, "not valid at validation time"),
         ({"starts": SIGNED_AT + timedelta(seconds=1)}, "not valid at validation time"),
     ],
