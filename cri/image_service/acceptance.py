@@ -68,6 +68,8 @@ class Acceptance:
 
     async def policy_of(self, namespace: str) -> Path | None:
         """The policy for the pods of a namespace, "" for none."""
+        if not namespace or self._files.by_namespace is None:
+            return self._files.default
         return await asyncio.to_thread(policy.of_namespace, self._files.default, self._files.by_namespace, namespace)
 
     async def of_pull(self, wanted: Reference, path: Path | None) -> dict[str, Any]:
