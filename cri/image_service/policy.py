@@ -33,28 +33,21 @@ def demanded(path: Path | None, transport: str, scopes: Sequence[str], subject: 
     are. `scopes` are the image's own, most specific first. No path means that nothing is required, and so does a node
     without the system's file; a file elsewhere that is missing, or any that is wrong, refuses.
     """
-    if path is None or (path == SYSTEM_POLICY and not os.path.lexists(path)):
+    policy = _read(path)
+    rules = policy.rules(transport, scopes) if policy is not None else ()
+    refusing = next((rule for rule in rules if isinstance(rule, _Refuses)), None)
+    if refusing is not None:
+        raise refusal(f"{path} {refusing.why} {subject}")
+    return _demands(path, rules)
+
+
+def demanded_of_any(path: Path | None) -> Demands:
+    """All that the policy may demand, of whatever image. Raises PermissionDenied for a file or a key of no use."""
+    policy = _read(path)
+    if policy is None:
         return Demands()
-    try:
-        policy = _parsed(strict_json.parse(path.read_bytes(), f"policy {path}"), f"policy {path}")
-    except OSError as error:
-        raise refusal(f"cannot read policy {path}: {error.strerror}") from error
-    except Error as error:
-        raise refusal(str(error)) from error
-    signed_by: list[SignedBy] = []
-    sigstore_signed: list[SigstoreSigned] = []
-    for rule in policy.rules(transport, scopes):
-        if isinstance(rule, _Refuses):
-            raise refusal(f"{path} {rule.why} {subject}")
-        try:
-            if isinstance(rule, _SignedBy):
-                signed_by.append(SignedBy(rule.keys.read(), rule.identity))
-            elif isinstance(rule, _SigstoreSigned):
-                sigstore_signed.append(rule.read())
-        except OSError as error:
-            why = f"{path} demands a key or certificate that cannot be read: {error.filename}: {error.strerror}"
-            raise refusal(why) from error
-    return Demands(tuple(signed_by), tuple(sigstore_signed))
+    by_scope = [rules for scopes in policy.transports.values() for rules in scopes.values()]
+    return _demands(path, [rule for rules in (policy.default, *by_scope) for rule in rules])
 
 
 def of_namespace(default: Path | None, directory: Path | None, namespace: str) -> Path | None:
@@ -172,6 +165,29 @@ class _Policy:
     def rules(self, transport: str, scopes: Sequence[str]) -> tuple[_Rule, ...]:
         by_scope = self.transports.get(transport, {})
         return next((by_scope[scope] for scope in (*scopes, "") if scope in by_scope), self.default)
+
+
+def _read(path: Path | None) -> _Policy | None:
+    """The policy, None where nothing is required."""
+    if path is None or (path == SYSTEM_POLICY and not os.path.lexists(path)):
+        return None
+    try:
+        return _parsed(strict_json.parse(path.read_bytes(), f"policy {path}"), f"policy {path}")
+    except OSError as error:
+        raise refusal(f"cannot read policy {path}: {error.strerror}") from error
+    except Error as error:
+        raise refusal(str(error)) from error
+
+
+def _demands(path: Path | None, rules: Sequence[_Rule]) -> Demands:
+    try:
+        return Demands(
+            tuple(SignedBy(rule.keys.read(), rule.identity) for rule in rules if isinstance(rule, _SignedBy)),
+            tuple(rule.read() for rule in rules if isinstance(rule, _SigstoreSigned)),
+        )
+    except OSError as error:
+        why = f"{path} demands a key or certificate that cannot be read: {error.filename}: {error.strerror}"
+        raise refusal(why) from error
 
 
 def _parsed(content: Any, subject: str) -> _Policy:
