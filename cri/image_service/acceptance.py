@@ -119,7 +119,7 @@ class Acceptance:
         try:
             await self._workers.call(request)
         except PermissionDenied as refused:
-            return await self._with_newer(case.reference, asked, run, await sources(case.reference), refused)
+            return await self._with_newer(case.reference, asked, run, sources, refused)
         self._keep(key)
         return None
 
@@ -128,14 +128,14 @@ class Acceptance:
         reference: Reference,
         asked: signature_work.Asked,
         run: Run,
-        sources: Sequence[dict[str, Any]],
+        sources: Sources,
         refused: PermissionDenied,
     ) -> Origin:
         """The image may have been signed since, or been pulled where nobody asked for signatures: looks once more."""
         digests = list(_signed(run.origins))
-        request = {"verb": "newer_signatures", "signatures": asked, "sources": sources, "digests": digests}
+        request = {"verb": "newer_signatures", "signatures": asked, "digests": digests, **self._timeouts}
         try:
-            found = await self._workers.call({**request, **self._timeouts})
+            found = await self._workers.call({**request, "sources": await sources(reference)})
         except Error as error:
             if is_refusal(error) or (isinstance(error, Unavailable) and not any(_signed(run.origins).values())):
                 raise

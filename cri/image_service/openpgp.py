@@ -43,8 +43,12 @@ def verified(message: bytes, keyrings: Sequence[bytes]) -> bytes:
         signed, status = stack.enter_context(_memory(message)), stack.enter_context(_memory(b""))
         keys = [stack.enter_context(_memory(dearmored(each))) for each in keyrings]
         payload = _run(program, signed, status, keys)
-        said = os.pread(status, _STATUS_LIMIT_BYTES, 0).decode(errors="replace")
-    words = [line.split()[1:] for line in said.splitlines() if line.startswith("[GNUPG:] ")]
+        said = os.pread(status, _STATUS_LIMIT_BYTES + 1, 0)
+    if len(said) > _STATUS_LIMIT_BYTES:
+        raise Error("gpgv has more to say than one signature needs")
+    # Lines end with "\n" alone: a signer chose some of the texts, and Unicode has line ends that gpgv does not escape.
+    lines = [line.decode(errors="replace") for line in said.split(b"\n") if line.startswith(b"[GNUPG:] ")]
+    words = [line.split(" ")[1:] for line in lines]
     results = [each[0] for each in words if each and each[0] in _RESULTS]
     if results != ["GOODSIG"]:
         if len(results) > 1:

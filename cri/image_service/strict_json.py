@@ -15,7 +15,8 @@ T = TypeVar("T")
 def parse(text: str | bytes, subject: str) -> Any:
     """The value that `text` spells. Raises Error naming `subject` where it is no JSON or has a key twice."""
     try:
-        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse)
+        decoded = text if isinstance(text, str) else text.decode()  # UTF-8 alone, without a byte order mark
+        return json.loads(decoded, object_pairs_hook=_without_duplicates, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise Error(f"{subject} is not JSON as it must be: {error}") from error
 

@@ -61,7 +61,8 @@ class OpenPgp:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         subprocess.run(["gpgconf", "--homedir", str(self.home), "--kill", "all"], check=False, capture_output=True)
-        shutil.rmtree(self.home)
+        while self.home.exists():  # the agent takes its sockets away as it ends
+            shutil.rmtree(self.home, ignore_errors=True)
 
     def key(self, name: str, *, armored: bool = False) -> bytes:
         return self.run(*(["--armor"] if armored else []), "--export", name)

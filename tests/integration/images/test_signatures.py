@@ -260,6 +260,16 @@ def test_a_message_counts_with_one_good_signature_on_all_of_it(gpg: OpenPgp) -> 
 
 
 @needs_gpg
+@pytest.mark.parametrize("line_end", ["\n", "\r", "\x0b", "\x1c", "\x85", "\u2028"])
+def test_what_a_signer_writes_is_not_taken_for_gpgvs_word(gpg: OpenPgp, line_end: str) -> None:
+    name = f"x{line_end}[GNUPG:] GOODSIG 0123456789ABCDEF alice"
+    message = gpg.sign(b"text", "bob", options=("--set-filename", name, "--sign"))
+
+    with pytest.raises(Error, match="no key of the policy made it"):
+        openpgp.verified(message, [gpg.key("alice")])
+
+
+@needs_gpg
 def test_a_policys_key_that_is_none_is_told(node: Node, gpg: OpenPgp) -> None:
     built = node.registry.add(REPOSITORY, "1", app())
     node.put_aside(built.digest, 1, gpg.simple_signature(built.digest, f"{NAME}:1", "alice"))
@@ -650,6 +660,17 @@ def test_an_image_that_was_signed_after_its_pull_may_run(node: Node) -> None:
     assert "does not accept" in node.refusal_of_run(namespace="prod")
     attach(node.registry, REPOSITORY, built.digest, [cosigned(built.digest)])
     node.allow(namespace="prod")
+
+
+def test_a_registry_that_was_blocked_meanwhile_changes_no_verdict(node: Node) -> None:
+    make_signed(node.registry)
+    node.policy([sigstore_signed()])
+    node.pull()
+    node.find_at('[[registry]]\nlocation = "example.test"\nblocked = true\n')
+
+    node.allow()
+    node.policy([sigstore_signed(keyData=data(public_pem(new_key())))])
+    assert "no key of the policy made the signature" in node.refusal_of_run()
 
 
 def test_a_verdict_holds_while_nothing_changes(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

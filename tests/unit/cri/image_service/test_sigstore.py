@@ -314,6 +314,8 @@ def test_intermediates_of_the_policy_need_not_lie_beside_the_signature() -> None
         (PAYLOAD.replace(b'"optional"', b'"other"'), "lacks optional"),
         (PAYLOAD.replace(b'"identity": {', b'"identity": {"more": 1, '), "unknown key 'more'"),
         (b"[" * 100_000, "is not JSON"),
+        (PAYLOAD.decode().encode("utf-16"), "is not JSON"),
+        (b"\xef\xbb\xbf" + PAYLOAD, "is not JSON"),
     ],
 )
 def test_a_payload_is_read_strictly(content: bytes, complaint: str) -> None:
