@@ -132,7 +132,9 @@ class Acceptance:
         refused: PermissionDenied,
     ) -> Origin:
         """The image may have been signed since, or been pulled where nobody asked for signatures: looks once more."""
-        digests = list(_signed(run.origins))
+        digests = [each for each in _signed(run.origins) if each]
+        if not digests:
+            raise refused  # of an image without a manifest nothing can be signed
         request = {"verb": "newer_signatures", "signatures": asked, "digests": digests, **self._timeouts}
         try:
             found = await self._workers.call({**request, "sources": await sources(reference)})
@@ -172,6 +174,11 @@ def origin_of_pull(wanted: Reference, resolved: dict[str, Any]) -> Origin:
 
 def origin_of_file(path: Path, transport: str) -> Origin:
     return Origin(transport, str(path), "")
+
+
+def origins_of_names(names: Sequence[str], manifest_digest: str) -> tuple[Origin, ...]:
+    """What is to be assumed of an image of which only the names are known."""
+    return tuple(Origin(REGISTRY, name, manifest_digest) for name in names)
 
 
 def _cases(run: Run) -> list[_Case]:

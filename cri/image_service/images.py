@@ -485,7 +485,9 @@ class Images:
         Raises PermissionDenied ("SignatureValidationFailed…") where the policy of the namespace refuses it now, or
         Unavailable ("RegistryUnavailable…") where it demands signatures that are not here and cannot be fetched.
         """
-        origins = await self._db(self._store.origins, image.id)
+        origins = await self._db(self._store.origins, image.id) or acceptance.origins_of_names(
+            (*image.repo_tags, *image.repo_digests), image.manifest_digest
+        )
         run = Run(image.id, acceptance.meant(name, self._local_meanings), image.repo_digests, origins)
         newer = await self._acceptance.of_run(run, namespace, lambda wanted: self._sources(wanted, None))
         if newer is not None:

@@ -31,13 +31,11 @@ _SINCE_1 = """
 CREATE TABLE suspects (diff_id TEXT PRIMARY KEY);
 CREATE TABLE pins (image TEXT PRIMARY KEY, pinned INTEGER NOT NULL);
 """
-# Version 3: where images came from, with the signatures found there. Before, all that was known is their names.
+# Version 3: where images came from, with the signatures found there; of earlier ones their names are all that is known.
 _SINCE_2 = """
 CREATE TABLE origins (
     image TEXT NOT NULL REFERENCES images (id) ON DELETE CASCADE, transport TEXT NOT NULL, name TEXT NOT NULL,
     manifest_digest TEXT NOT NULL, signatures TEXT, PRIMARY KEY (image, transport, name, manifest_digest));
-INSERT OR IGNORE INTO origins SELECT images.id, 'docker', names.name, images.manifest_digest, NULL
-    FROM names JOIN images ON images.id = names.image WHERE images.manifest_digest LIKE 'sha256:%';
 """
 _SELECT_IMAGES = (
     "SELECT id, config, manifest, manifest_digest, media_type, size_bytes, layers, pulled_at, removed FROM images"
@@ -186,7 +184,7 @@ class Store:
                 self._put_origin(image.id, origin)
 
     def origins(self, image_id: str) -> tuple[Origin, ...]:
-        """All ways by which the image came, the first one first."""
+        """All ways by which the image came, the first one first; none of one that an earlier version took in."""
         rows = self._db.execute(
             "SELECT transport, name, manifest_digest, signatures FROM origins WHERE image = ? ORDER BY rowid",
             (image_id,),

@@ -805,6 +805,20 @@ def test_a_store_of_an_earlier_version_learns_where_images_came_from(node: Node)
     node.allow()
 
 
+def test_an_archive_that_an_earlier_version_took_in_has_no_signatures(node: Node) -> None:
+    plain = tar([file("etc/app", b"app")])
+    (node.directory / "app.tar").write_bytes(layers.docker_archive(app(), [plain], [f"{NAME}:1"]))
+    node.policy(ACCEPT)
+    node.run(lambda images: images.load(node.directory / "app.tar"))
+    with closing(sqlite3.connect(node.directory / "images/images.db")) as database:
+        database.executescript("DROP TABLE origins; PRAGMA user_version = 2;")
+
+    node.allow()
+    node.policy([sigstore_signed()])
+    assert "a signature is required, but there is none" in node.refusal_of_run()
+    assert not node.registry.asked
+
+
 def test_what_was_known_of_a_removed_image_is_forgotten(node: Node) -> None:
     make_signed(node.registry)
     node.policy([sigstore_signed()])
