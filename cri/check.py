@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cri.config import CgroupDriver, Config, RuntimeHandler
 from cri.config_reader import EXECUTABLE_DIRS, PAUSE_PROGRAMS, find_executable
+from cri.image_service import policy
 from cri.runtimes import runtime_of
 from oci.cdi import Cdi
 from oci.criu import Criu
@@ -97,6 +98,7 @@ def examine(config: Config) -> Iterator[Finding]:
     yield from _cgroups(cgroups, config.runtime.cgroup_driver)
     yield from _runtimes(config)
     yield from _described(config)
+    yield from _policies(config)
     yield from _pause(config)
     yield _criu(config)
     yield from _network(config)
@@ -263,6 +265,29 @@ def _described(config: Config) -> Iterator[Finding]:
         unusable = files.unusable()
         seen = "; ".join(f"{path}: {why}" for path, why in unusable.items())
         yield Finding(name, not unusable, weight, seen or "every file can be used", f"mend or remove it: {meaning}")
+
+
+def _policies(config: Config) -> Iterator[Finding]:
+    """The files that decide which images may run; they refuse where they are wrong."""
+    directory = config.image.policy_dir
+    own = sorted(directory.glob("*.json")) if directory.is_dir() else []
+    wrong, needs_gpgv = [], False
+    for path in (config.image.policy, *own):
+        try:
+            needs_gpgv |= bool(policy.demanded_of_any(path).signed_by)
+        except Error as error:
+            wrong.append(str(error).partition(": ")[2])
+    seen = "; ".join(wrong) or "every file can be used"
+    yield Finding("image policies", not wrong, Weight.SOME, seen, "images that these files decide on are refused")
+    if needs_gpgv:
+        program = find_executable("gpgv", EXECUTABLE_DIRS)
+        yield Finding(
+            "gpgv",
+            program is not None,
+            Weight.SOME,
+            str(program or "not found"),
+            "a policy demands OpenPGP signatures: images are refused until it is installed",
+        )
 
 
 def _pause(config: Config) -> Iterator[Finding]:

@@ -267,7 +267,17 @@ class ImageSection:
     policy: Path = setting(
         kinds.PATH,
         Path("/etc/containers/policy.json"),
-        "Which images may be pulled (containers-policy.json(5)); none: all.",
+        "Which images may be pulled and run (containers-policy.json(5)); none: all.",
+    )
+    policy_dir: Path = setting(
+        kinds.PATH,
+        Path("/etc/crito/policies"),
+        "Directory of NAMESPACE.json: the policy of a namespace's pods, instead of `policy`.",
+    )
+    registries_d: Path = setting(
+        kinds.PATH,
+        Path("/etc/containers/registries.d"),
+        "Where the signatures of images lie (containers-registries.d(5)).",
     )
     auth_file: Path | None = setting(
         kinds.OPTIONAL_PATH, None, "Registry credentials for pulls that bring none (containers-auth.json(5))."

@@ -555,6 +555,8 @@ def image_settings(config: Config) -> ImageSettings:
         registries_conf=image.registries_conf,
         registries_conf_dir=image.registries_conf_dir,
         policy=image.policy,
+        policy_dir=image.policy_dir,
+        registries_d=image.registries_d,
         auth_file=image.auth_file,
         certs_dir=image.certs_dir,
         pinned_images=image.pinned_images,

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import oci.image
-from cri.image_service import auth, policy
+from cri.image_service import acceptance, auth
 from cri.image_service import reference as references
+from cri.image_service.acceptance import Acceptance, PolicyFiles, Run
 from cri.image_service.auth import Credentials
 from cri.image_service.contents import Artifact, Content, artifact_contents, image_contents
 from cri.image_service.group_sync import GroupSync
@@ -33,7 +34,7 @@ from cri.image_service.progress import LayerPhase, LayerProgress, Progress
 from cri.image_service.reference import Reference
 from cri.image_service.registries_conf import RegistriesFiles
 from cri.image_service.snapshots import LayerDirectory, References, total
-from cri.image_service.store import Contents, ImageRecord, LayerRecord, Name, Store
+from cri.image_service.store import Contents, ImageRecord, LayerRecord, Name, Origin, Store
 from cri.image_service.unpack import sync_filesystem
 from cri.image_service.workers import Workers
 from oci.errors import Error, InvalidArgument, NotFound, PermissionDenied, Unavailable
@@ -54,6 +55,8 @@ class ImageSettings:
     registries_conf: Path | None = None
     registries_conf_dir: Path | None = None
     policy: Path | None = None  # None: every image is accepted
+    policy_dir: Path | None = None  # of policies by namespace
+    registries_d: Path | None = None  # where signatures lie
     auth_file: Path | None = None
     certs_dir: Path | None = None
     pinned_images: tuple[str, ...] = ()  # exact names, "glob*", "*keyword*"
@@ -159,6 +162,8 @@ class Images:
         self._directory = LayerDirectory(settings.root)
         self._registries = RegistriesFiles(settings.registries_conf, settings.registries_conf_dir)
         self._workers = Workers(settings.max_parallel_layers, settings.progress_timeout_s)
+        files = PolicyFiles(settings.policy, settings.policy_dir, settings.registries_d)
+        self._acceptance = Acceptance(files, self._workers, self._timeouts())
         self._slots = Slots(settings.max_parallel_layers, settings.registry_limits)
         self._syncs = GroupSync(partial(self._workers.call, {"verb": "sync", "path": str(settings.root)}))
         self._partials: Counter[str] = Counter()  # names of the blobs that are being fetched
@@ -303,23 +308,26 @@ class Images:
         credentials: Credentials | None = None,
         *,
         platform: str | None = None,
+        namespace: str = "",
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Image:
         """The image that the registry has under `reference` now; layers that are here are not fetched again.
 
-        The same pull at once is one. A caller that is cancelled stops waiting; when none is left the pull ends.
+        The policy is that of the pod's `namespace`. The same pull at once is one. A caller that is cancelled stops
+        waiting; when none is left the pull ends.
         Raises InvalidArgument, NotFound, PermissionDenied ("SignatureValidationFailed…" where the policy refuses),
         Unavailable ("RegistryUnavailable…"), ResourceExhausted, DeadlineExceeded, or Error for what makes no sense.
         """
         parsed = references.with_default_tag(references.parse(reference))
         if platform is not None:
             parse_platform(platform)
-        key = (str(parsed), credentials, platform)
+        policy = await self._acceptance.policy_of(namespace)
+        key = (str(parsed), credentials, platform, policy)
         progress = self._progress.setdefault(key, Progress(str(parsed)))
         if on_progress is not None:
             progress.listeners.append(on_progress)
         try:
-            return await self._pulls.run(key, lambda: self._pull(key, parsed, credentials, platform, progress))
+            return await self._pulls.run(key, lambda: self._pull(key, parsed, credentials, platform, policy, progress))
         except asyncio.CancelledError as error:
             if key in self._cancelled and not _is_being_cancelled():
                 raise Unavailable(f"the pull of {parsed} was cancelled by the node's administrator") from error
@@ -334,6 +342,7 @@ class Images:
         parsed: Reference,
         credentials: Credentials | None,
         platform: str | None,
+        policy: Path | None,
         progress: Progress,
     ) -> Image:
         self._cancelled.discard(key)
@@ -342,7 +351,7 @@ class Images:
             meanings = conf.qualified(parsed)
             for at, meaning in enumerate(meanings):
                 try:
-                    return await self._pull_qualified(meaning, credentials, platform, progress)
+                    return await self._pull_qualified(meaning, credentials, platform, policy, progress)
                 except (NotFound, PermissionDenied, Unavailable) as error:
                     if at == len(meanings) - 1:
                         raise
@@ -352,10 +361,14 @@ class Images:
             self._progress.pop(key, None)
 
     async def _pull_qualified(
-        self, wanted: Reference, credentials: Credentials | None, platform: str | None, progress: Progress
+        self,
+        wanted: Reference,
+        credentials: Credentials | None,
+        platform: str | None,
+        policy: Path | None,
+        progress: Progress,
     ) -> Image:
-        scopes = policy.registry_scopes(wanted)
-        await asyncio.to_thread(policy.check, self._settings.policy, "docker", scopes, f"image {wanted}")
+        asked = await self._acceptance.of_pull(wanted, policy)
         sources = await self._sources(wanted, credentials)
         resolved = await self._workers.call(
             {
@@ -365,13 +378,15 @@ class Images:
                 "platform": platform or str(host_platform()),
                 "sources": sources,
                 "keys_path": self._keys_path,
+                **asked,
                 **self._timeouts(),
             }
         )
         described = await self._described(resolved, f"image {wanted}")
         best = [sources[resolved["source"]], *(each for each in sources if each is not sources[resolved["source"]])]
         layers = [self._remote_layer(content, best, resolved["session"]) for content in described.contents]
-        return await self._complete(resolved, described, layers, _names(wanted, resolved["digest"]), progress)
+        origin = acceptance.origin_of_pull(wanted, resolved)
+        return await self._complete(resolved, described, layers, _names(wanted, resolved["digest"]), origin, progress)
 
     def _remote_layer(self, content: Content, sources: Sequence[dict[str, Any]], session: dict[str, Any]) -> _Layer:
         host = sources[0]["host"]
@@ -450,7 +465,6 @@ class Images:
             await asyncio.shield(self._discard(scratch))
 
     async def _load(self, path: Path, name: Reference | None, scratch: Path, progress: Progress) -> tuple[Image, ...]:
-        scopes = await asyncio.to_thread(policy.file_scopes, path)
         found = await self._workers.call(
             {
                 "verb": "inspect",
@@ -464,8 +478,8 @@ class Images:
             raise InvalidArgument(f"{path} holds {len(found['images'])} images; one name is not enough for them")
         loaded = []
         for image in found["images"]:
-            transport = "oci" if image["manifest"] else "docker-archive"
-            await asyncio.to_thread(policy.check, self._settings.policy, transport, scopes, f"images of {path}")
+            transport = found["format"]
+            await self._acceptance.of_file(path, transport)
             spelled = [name] if name is not None else [_local_name(each) for each in image["names"]]
             names = [pair for each in spelled if each is not None for pair in _names(each, image["manifest_digest"])]
             described = await self._described(image, f"image in {path}")
@@ -473,7 +487,8 @@ class Images:
                 _Layer(content, {**self._layer_request(content), "extent": extent})
                 for content, extent in zip(described.contents, image["extents"], strict=True)
             ]
-            loaded.append(await self._complete(image, described, layers, names, progress))
+            origin = acceptance.origin_of_file(path, transport)
+            loaded.append(await self._complete(image, described, layers, names, origin, progress))
         return tuple(loaded)
 
     async def load_bundle(self, directory: Path | None) -> None:
@@ -492,6 +507,26 @@ class Images:
             except (Error, OSError) as error:
                 log.error("cannot load %s: %s", path, error)
 
+    # ---- what may run
+
+    async def allow(self, image: Image, name: str, namespace: str) -> None:
+        """Accepts that a container of `namespace` runs or mounts the image, which the pod's author called `name`.
+
+        Raises PermissionDenied ("SignatureValidationFailed…") where the policy of the namespace refuses it now, or
+        Unavailable ("RegistryUnavailable…") where it demands signatures that are not here and cannot be fetched.
+        """
+        origins = await self._db(self._store.origins, image.id) or acceptance.origins_of_names(
+            (*image.repo_tags, *image.repo_digests), image.manifest_digest
+        )
+        run = Run(image.id, acceptance.meant(name, self._local_meanings), image.repo_digests, origins)
+        newer = await self._acceptance.of_run(run, namespace, lambda wanted: self._sources(wanted, None))
+        if newer is not None:
+            await self._finished(self._db(self._store.put_origin, image.id, newer))
+
+    async def allow_file(self, path: Path, transport: str, namespace: str) -> None:
+        """Accepts that a container of `namespace` is made of a local file. Raises PermissionDenied as `allow` does."""
+        await self._acceptance.of_file(path, transport, namespace)
+
     # ---- from documents to an image
 
     async def _described(self, found: dict[str, Any], subject: str) -> _Described:
@@ -508,6 +543,7 @@ class Images:
         described: _Described,
         layers: Sequence[_Layer],
         names: Iterable[tuple[str, bool]],
+        origin: Origin,
         progress: Progress,
     ) -> Image:
         """Has all layers here, then records the image and publishes it."""
@@ -539,7 +575,7 @@ class Images:
                     pulled_at=time.time_ns(),
                 )
                 named = [Name(name, image_id, is_digest) for name, is_digest in names]
-                image = await self._finished(self._publish(record, described, named))
+                image = await self._finished(self._publish(record, described, named, origin))
             finally:
                 self._references.unclaim(stack)
         finally:
@@ -549,9 +585,11 @@ class Images:
         progress.changed()
         return image
 
-    async def _publish(self, record: ImageRecord, described: _Described, names: Sequence[Name]) -> Image:
+    async def _publish(
+        self, record: ImageRecord, described: _Described, names: Sequence[Name], origin: Origin
+    ) -> Image:
         async with self._catalog:
-            await self._db(self._store.put_image, record, names)
+            await self._db(self._store.put_image, record, names, origin)
             return self._published(record, described, names)
 
     def _published(self, record: ImageRecord, described: _Described, names: Sequence[Name]) -> Image:

@@ -134,6 +134,22 @@ class Registry:
                     raise self._unavailable(path, f"{_reason(error)} at byte {done} of {size_bytes}") from error
                 time.sleep(0.1 * 2**failures)
 
+    def outside(self, url: str, limit_bytes: int) -> bytes | None:
+        """What another server than the registry has under `url`, asked without credentials; None where it has nothing.
+
+        Raises Unavailable where it does not answer, Error where it answers too much or anything else.
+        """
+        try:
+            response = self._follow(url, {}, None)
+        except (HTTPError, OSError) as error:
+            raise self._unavailable(url, _reason(error)) from error
+        if response.status == 404:
+            response.close()
+            return None
+        if response.status != 200:
+            raise self._refused(response.status, url, _error_text(response))
+        return self._bounded(response, limit_bytes, url)
+
     def _range(self, path: str, start: int, size_bytes: int) -> Iterator[bytes]:
         response = self._get(path, {"Range": f"bytes={start}-"} if start else {})
         try:
@@ -348,6 +364,8 @@ class Registry:
     # ---- errors
 
     def _url(self, path: str) -> str:
+        if "://" in path:
+            return _redacted(path)  # another server's
         scheme = self._session.schemes.get(self._source.address, "https")
         return f"{scheme}://{self._source.address}{path}"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _SCHEMA = """
 CREATE TABLE layers (
     diff_id TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, inodes INTEGER NOT NULL, implied TEXT NOT NULL);
@@ -30,6 +30,12 @@ CREATE INDEX names_by_image ON names (image);
 _SINCE_1 = """
 CREATE TABLE suspects (diff_id TEXT PRIMARY KEY);
 CREATE TABLE pins (image TEXT PRIMARY KEY, pinned INTEGER NOT NULL);
+"""
+# Version 3: where images came from, with the signatures found there; of earlier ones their names are all that is known.
+_SINCE_2 = """
+CREATE TABLE origins (
+    image TEXT NOT NULL REFERENCES images (id) ON DELETE CASCADE, transport TEXT NOT NULL, name TEXT NOT NULL,
+    manifest_digest TEXT NOT NULL, signatures TEXT, PRIMARY KEY (image, transport, name, manifest_digest));
 """
 _SELECT_IMAGES = (
     "SELECT id, config, manifest, manifest_digest, media_type, size_bytes, layers, pulled_at, removed FROM images"
@@ -71,6 +77,16 @@ class Name:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """One way by which an image came to the node: the policy is asked about these."""
+
+    transport: str  # as in containers-policy.json(5): "docker" for a registry
+    name: str  # "name:tag" or "name@digest" of a registry; else the path of a local file
+    manifest_digest: str  # sha256 of the image's own manifest, not of an index; "" where it has none
+    signatures: str | None = None  # JSON of those found there; None: nobody has looked
+
+
+@dataclass(frozen=True, slots=True)
 class Contents:
     layers: tuple[LayerRecord, ...]
     images: tuple[ImageRecord, ...]
@@ -87,7 +103,7 @@ class Store:
         self._db.execute("PRAGMA foreign_keys=ON")
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version < _SCHEMA_VERSION:
-            missing = _SINCE_1 if version == 1 else _SCHEMA + _SINCE_1
+            missing = "".join((_SCHEMA, _SINCE_1, _SINCE_2)[version:])
             self._db.executescript(f"BEGIN; {missing} PRAGMA user_version={_SCHEMA_VERSION}; COMMIT;")
 
     def close(self) -> None:
@@ -140,8 +156,11 @@ class Store:
             self._db.executemany("DELETE FROM layers WHERE diff_id = ?", gone)
             self._db.executemany("DELETE FROM suspects WHERE diff_id = ?", gone)
 
-    def put_image(self, image: ImageRecord, names: Iterable[Name]) -> None:
-        """The image, and names that point to it from now on, whatever they pointed to before."""
+    def put_image(self, image: ImageRecord, names: Iterable[Name], origin: Origin | None = None) -> None:
+        """The image, and names that point to it from now on, whatever they pointed to before, and where it came from.
+
+        An origin without signatures leaves those that were found there before.
+        """
         with self._db:
             self._db.execute("BEGIN")
             self._db.execute(
@@ -165,12 +184,37 @@ class Store:
                 "INSERT INTO names VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET image=excluded.image",
                 [(name.name, name.image_id, name.is_digest) for name in names],
             )
+            if origin is not None:
+                self._put_origin(image.id, origin)
+
+    def origins(self, image_id: str) -> tuple[Origin, ...]:
+        """All ways by which the image came, the first one first; none of one that an earlier version took in."""
+        rows = self._db.execute(
+            "SELECT transport, name, manifest_digest, signatures FROM origins WHERE image = ? ORDER BY rowid",
+            (image_id,),
+        )
+        return tuple(Origin(*row) for row in rows)
+
+    def put_origin(self, image_id: str, origin: Origin) -> None:
+        """What was found out of an image that is here; nothing where it is gone meanwhile."""
+        with self._db:
+            self._db.execute("BEGIN")
+            self._put_origin(image_id, origin)
+
+    def _put_origin(self, image_id: str, origin: Origin) -> None:
+        self._db.execute(
+            "INSERT INTO origins SELECT id, ?, ?, ?, ? FROM images WHERE id = ? "
+            "ON CONFLICT (image, transport, name, manifest_digest) "
+            "DO UPDATE SET signatures=coalesce(excluded.signatures, signatures)",
+            (origin.transport, origin.name, origin.manifest_digest, origin.signatures, image_id),
+        )
 
     def retire_image(self, image_id: str) -> None:
         """Takes its names and marks it as removed, for containers still run from it."""
         with self._db:
             self._db.execute("BEGIN")
             self._db.execute("DELETE FROM names WHERE image = ?", (image_id,))
+            self._db.execute("DELETE FROM origins WHERE image = ?", (image_id,))
             self._db.execute("UPDATE images SET removed = 1 WHERE id = ?", (image_id,))
 
     def remove_image(self, image_id: str) -> None:

@@ -33,10 +33,11 @@ from cri.image_service.manifest import (
     parse_platform,
 )
 from cri.image_service.pace import Pace
+from cri.image_service.refusal import is_refusal, refusal
 from cri.image_service.snapshots import unpacked_path
 from cri.image_service.tar import Stream
 from cri.image_service.unpack import Unpacked, remove_tree, sync_filesystem, unpack
-from oci.errors import Error, NotFound
+from oci.errors import Error, NotFound, PermissionDenied
 
 if TYPE_CHECKING:
     from cri.image_service.decryption import Decryption
@@ -89,21 +90,25 @@ def resolve(request: Request, progress: Progress) -> dict[str, Any]:
     """Asks each source in turn for manifest and config; the last one's error is the answer when all fail."""
     session = _session(request)
     platform = parse_platform(request["platform"])
-    failed: list[str] = []
-    for at, source in enumerate(request["sources"]):
+    failed: list[tuple[str, Error]] = []
+    for source_number, source in enumerate(request["sources"]):
         registry = _registry(source, session, request)
         try:
-            return {"source": at, **_resolved(registry, request, platform), "session": session.to_json()}
+            resolved = _resolved(registry, source, request, platform)
+            return {"source": source_number, **resolved, "session": session.to_json()}
         except Error as error:
-            if at == len(request["sources"]) - 1:
-                raise type(error)(_with_earlier(error, failed)) from error
-            failed.append(f"{source['host']}/{source['repository']}: {error}")
+            failed.append((f"{source['host']}/{source['repository']}", error))
         finally:
             registry.close()
-    raise NotFound(f"{request['name']} has no place to be asked for")
+    if not failed:
+        raise NotFound(f"{request['name']} has no place to be asked for")
+    # A source that has the image but whose signatures are refused tells more than another one that has it not.
+    told = next((error for _, error in failed if is_refusal(error)), failed[-1][1])
+    earlier = [f"{place}: {error}" for place, error in failed if error is not told]
+    raise type(told)(_with_earlier(told, earlier)) from told
 
 
-def _resolved(registry: "Registry", request: Request, platform: Platform) -> dict[str, Any]:
+def _resolved(registry: "Registry", source: Request, request: Request, platform: Platform) -> dict[str, Any]:
     name, reference = request["name"], request["reference"]
     subject = f"image {name}"
     text, media_type = registry.manifest(reference)
@@ -117,6 +122,8 @@ def _resolved(registry: "Registry", request: Request, platform: Platform) -> dic
         found = parse(text, media_type, subject)
     if not isinstance(found, Manifest):
         raise Error(f"{subject}: its index leads to another index")
+    manifest_sha256 = f"sha256:{hashlib.sha256(text).hexdigest()}"
+    signatures = _signatures(registry, source, request, manifest_sha256) if "signatures" in request else None
     _authorize(found.layers, request, subject)
     config = b""
     if not found.artifact_type:
@@ -127,10 +134,12 @@ def _resolved(registry: "Registry", request: Request, platform: Platform) -> dic
         "digest": digest,
         "manifest": text.decode(),
         "manifest_digest": manifest_digest,
+        "manifest_sha256": manifest_sha256,
         "media_type": media_type,
         "config": _text(config, subject),
         "id": image_id(found, text),
         "layers": [asdict(layer) for layer in found.layers],
+        "signatures": signatures,
     }
 
 
@@ -145,6 +154,49 @@ def _decryption(keys_path: str, annotations: Mapping[str, str], subject: str) ->
     from cri.image_service.decryption import open_layer  # noqa: PLC0415 (a worker that meets no encryption saves time)
 
     return open_layer(annotations, keys_path, subject).decryption()
+
+
+def _signatures(registry: "Registry", source: Request, request: Request, digest: str) -> list[Any] | None:
+    """The manifest's signatures, which meet what the policy demands; None where none are demanded nor to be had."""
+    from cri.image_service import signature_work  # noqa: PLC0415 (most nodes ask for none)
+
+    found = signature_work.of_pull(registry, source, request["reference"], request["signatures"], digest)
+    return None if found is None else signature_work.encoded(found)
+
+
+def verify_signatures(request: Request, progress: Progress) -> dict[str, Any]:
+    """Raises PermissionDenied unless what is on the node of one manifest's signatures meets what is demanded."""
+    from cri.image_service import signature_work  # noqa: PLC0415
+
+    refused = refusal(f"image {request['signatures']['identity']}: no manifest of it is known")
+    for digest, signatures in request["signed"].items():
+        try:
+            signature_work.verify(request["signatures"], digest, signatures)
+            return {}
+        except PermissionDenied as error:
+            refused = error
+    raise refused
+
+
+def newer_signatures(request: Request, progress: Progress) -> dict[str, Any]:
+    """The signatures of one of the manifests, from the first source where they meet what is demanded."""
+    from cri.image_service import signature_work  # noqa: PLC0415
+
+    session = _session(request)
+    failed: list[Error] = []
+    for source in request["sources"]:
+        registry = _registry(source, session, request)
+        try:
+            for digest in request["digests"]:
+                try:
+                    found = signature_work.newer(registry, source, request["signatures"], digest)
+                    return {"digest": digest, "signatures": signature_work.encoded(found)}
+                except Error as error:
+                    failed.append(error)
+        finally:
+            registry.close()
+    told = next((each for each in failed if is_refusal(each)), failed[0])
+    raise type(told)(_with_earlier(told, [str(each) for each in failed if each is not told])) from told
 
 
 def layer(request: Request, progress: Progress) -> dict[str, Any]:
@@ -286,6 +338,7 @@ def inspect(request: Request, progress: Progress) -> dict[str, Any]:
     for image in images:
         _authorize((layer for _, layer in image.layers), request, subject)
     return {
+        "format": _transport(path, has_manifests=any(image.manifest for image in images)),
         "images": [
             {
                 "names": image.names,
@@ -301,8 +354,15 @@ def inspect(request: Request, progress: Progress) -> dict[str, Any]:
                 ],
             }
             for image in images
-        ]
+        ],
     }
+
+
+def _transport(path: Path, *, has_manifests: bool) -> str:
+    """What containers-policy.json(5) calls this kind of place."""
+    if not has_manifests:
+        return "docker-archive"
+    return "oci" if path.is_dir() else "oci-archive"
 
 
 def remove(request: Request, progress: Progress) -> dict[str, Any]:
@@ -317,6 +377,8 @@ _VERBS = {
     "sync": sync,
     "verify": verify,
     "inspect": inspect,
+    "verify_signatures": verify_signatures,
+    "newer_signatures": newer_signatures,
     "remove": remove,
 }
 

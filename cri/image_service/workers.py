@@ -203,6 +203,8 @@ def _doing(request: dict[str, Any]) -> str:
             return f"asking for {request['name']}"
         case "layer":
             return f"fetching and unpacking layer {request['digest'] or request['id']}"
+        case "verify_signatures" | "newer_signatures":
+            return f"verifying the signatures of image {request['signatures']['identity']}"
         case "inspect":
             return f"reading {request['path']}"
         case verb:

@@ -166,6 +166,8 @@ class Daemon:
                 "registries_conf": self.registries_conf,
                 "registries_conf_dir": self.directory / "registries.conf.d",
                 "policy": self.directory / "policy.json",
+                "policy_dir": self.directory / "policies",
+                "registries_d": self.directory / "registries.d",
                 "certs_dir": self.directory / "certs.d",
             },
             "network": {"conf_dir": self.cni_conf, "plugin_dirs": [str(folder) for folder in PLUGIN_DIRS]},

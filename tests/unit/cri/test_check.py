@@ -7,7 +7,7 @@ import pytest
 
 from cri import check
 from cri.check import Finding, Weight, can_run, text
-from cri.config import CgroupDriver, Config, RuntimeSection
+from cri.config import CgroupDriver, Config, ImageSection, RuntimeSection
 from oci.linux.cgroup import Cgroups, Hierarchy
 
 GOOD = Finding("kernel", True, Weight.REQUIRED, "6.1")
@@ -64,6 +64,28 @@ def test_json_has_every_finding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
     assert check.main(Config(), as_json=True) == 1
     assert [each["name"] for each in json.loads(capsys.readouterr().out)] == ["kernel", "overlayfs"]
+
+
+def test_policies_that_are_wrong_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "policy.json").write_text('{"default": [{"type": "reject"}]}')
+    config = Config(image=ImageSection(policy=tmp_path / "policy.json", policy_dir=tmp_path / "policies"))
+    assert [finding.ok for finding in check._policies(config)] == [True]
+
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "policies/wrong.json").write_text("{")
+    lost = [{"type": "sigstoreSigned", "keyPath": str(tmp_path / "lost")}]
+    (tmp_path / "policies/lost.json").write_text(json.dumps({"default": lost}))
+    gpg = [{"type": "signedBy", "keyType": "GPGKeys", "keyData": "a2V5"}]
+    content = {"default": [{"type": "reject"}], "transports": {"docker": {"a.io": gpg}}}
+    (tmp_path / "policies/gpg.json").write_text(json.dumps(content))
+    monkeypatch.setattr(check, "find_executable", lambda *_: None)
+
+    policies, gpgv = check._policies(config)
+    assert not policies.ok
+    assert not gpgv.ok
+    assert can_run([policies, gpgv])
+    assert "wrong.json is not JSON" in policies.seen
+    assert f"{tmp_path}/lost: No such file" in policies.seen
 
 
 def test_files_of_hooks_and_devices_that_are_wrong_are_named(tmp_path: Path) -> None:
