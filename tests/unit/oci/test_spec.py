@@ -438,8 +438,6 @@ def test_the_pods_annotations_stay_away_from_the_runtime() -> None:
     assert config["annotations"]["io.kubernetes.cri.sandbox-name"] == "p"
     assert config["annotations"]["io.kubernetes.cri.container-type"] == "container"
     assert "run.oci.x" not in config["annotations"]
-    sandbox = build(wanted, placement=replace(PLACEMENT, is_sandbox=True))["annotations"]
-    assert sandbox["io.kubernetes.cri-o.ContainerType"] == "sandbox"
 
 
 def test_exec_gets_what_the_first_process_has() -> None:

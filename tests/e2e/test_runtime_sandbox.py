@@ -1,0 +1,318 @@
+"""Pods of gVisor's runsc: the OCI runtime makes the sandbox, and all containers live in its one process."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from cri.api.runtime.v1 import api_pb2 as pb
+from tests.e2e.conftest import MakeDaemon
+from tests.e2e.harness.client import Client, Pod
+from tests.e2e.harness.daemon import Daemon
+from tests.e2e.harness.leftovers import processes
+from tests.e2e.harness.ports import wait_until
+
+RUNSC = os.environ.get("CRITO_TEST_RUNSC") or shutil.which("runsc") or ""
+FOR_EVER = ["sleep", "100000"]
+OWN_PID = pb.NamespaceOption(pid=pb.CONTAINER)
+pytestmark = pytest.mark.skipif(not RUNSC, reason="runsc is not installed")
+
+
+@pytest.fixture(scope="module")
+def shared_daemon(make_daemon: MakeDaemon, busybox: str) -> Daemon:
+    """Its netstack wants to see no sysctls of the node in the pod's namespace, which newer kernels show: so host's."""
+    gvisor = {"path": RUNSC, "sandbox_by_runtime": True, "runtime_args": ["--network=host"]}
+    made = make_daemon({"runtime": {"handlers": {"gvisor": gvisor}}})
+    client = made.client()
+    warm_up(client, busybox)
+    client.close()
+    return made
+
+
+def warm_up(client: Client, image: str) -> None:
+    """What is made once and stays is there after this."""
+    pod = client.run_pod("warm-up", handler="gvisor")
+    client.run(pod, image, ["true"])
+    client.remove_pod(pod.id)
+
+
+@pytest.fixture
+def restarted(daemon: Daemon) -> Iterator[Daemon]:
+    """A daemon that runs again after the test, whatever the test has done to it."""
+    yield daemon
+    if daemon.process is None or daemon.process.poll() is not None:
+        daemon.kill()
+        daemon.start()
+
+
+def run_pod(client: Client, name: str, options: pb.NamespaceOption = OWN_PID, **fields: object) -> Pod:
+    security = pb.LinuxSandboxSecurityContext(namespace_options=options)
+    return client.run_pod(name, handler="gvisor", linux=pb.LinuxPodSandboxConfig(security_context=security), **fields)  # type: ignore[arg-type]
+
+
+def container_security(options: pb.NamespaceOption) -> pb.LinuxContainerConfig:
+    return pb.LinuxContainerConfig(security_context=pb.LinuxContainerSecurityContext(namespace_options=options))
+
+
+def sandbox_processes(daemon: Daemon, kind: str = "runsc-sandbox") -> list[int]:
+    return [each.pid for each in processes() if each.command.startswith(kind) and str(daemon.run_dir) in each.command]
+
+
+def monitor_of(daemon: Daemon, container_id: str) -> int:
+    """The pid by which a monitor introduces itself."""
+    folder = os.open(daemon.run_dir / "containers" / container_id, os.O_PATH)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(f"/proc/self/fd/{folder}/monitor.sock")
+            return int(json.loads(sock.recv(65536))["hello"]["pid"])
+    finally:
+        os.close(folder)
+
+
+def refused(code: grpc.StatusCode, call: Callable[[], object]) -> str:
+    with pytest.raises(grpc.RpcError) as refusal:
+        call()
+    error: grpc.Call = refusal.value  # type: ignore[assignment]
+    assert error.code() is code, error
+    return error.details() or ""
+
+
+def test_two_containers_live_in_one_sandbox_and_end_each_with_its_own_code(
+    daemon: Daemon, client: Client, busybox: str
+) -> None:
+    pod = run_pod(client, "two")
+
+    first = client.run(
+        pod, busybox, ["sh", "-c", "echo out; echo err >&2; cat /proc/version; sleep 1; exit 7"], "first"
+    )
+    second = client.run(pod, busybox, ["sh", "-c", "hostname; exec sleep 100000"], "second")
+
+    assert len(sandbox_processes(daemon)) == 1
+    assert client.exec_sync(second, ["sh", "-c", "echo here; exit 5"]).exit_code == 5
+    ended = client.wait_exited(first)
+    assert (ended.exit_code, ended.reason) == (7, "Error")
+    assert {"out", "err"} <= set(client.log(pod, "first").splitlines())
+    assert "Linux version 4.4.0" in client.log(pod, "first")  # gVisor's own kernel
+    assert client.status(second).state == pb.CONTAINER_RUNNING
+    assert client.log(pod, "second") == "two\n"
+    assert client.pod_status(pod.id).state == pb.SANDBOX_READY
+
+
+def test_a_stop_signal_and_then_sigkill_end_a_container(client: Client, busybox: str) -> None:
+    pod = run_pod(client, "stop")
+    willing = client.run(
+        pod, busybox, ["sh", "-c", "trap 'exit 3' TERM; echo on; while :; do sleep 0.1; done"], "willing"
+    )
+    deaf = client.run(pod, busybox, ["sh", "-c", "trap '' TERM; echo on; while :; do sleep 0.1; done"], "deaf")
+    for name in ("willing", "deaf"):
+        wait_until(lambda name=name: client.log(pod, name) == "on\n", f"{name} runs", 10)  # type: ignore[misc]
+    began = time.monotonic()
+
+    client.stop(willing, grace_s=30)
+    assert time.monotonic() - began < 10
+    client.stop(deaf, grace_s=1)
+
+    assert client.status(willing).exit_code == 3
+    assert client.status(deaf).exit_code == 137
+    assert client.pod_status(pod.id).state == pb.SANDBOX_READY
+
+
+def test_a_container_that_was_never_started_can_be_stopped(client: Client, busybox: str) -> None:
+    pod = run_pod(client, "created")
+    container_id = client.create(pod, client.container_config(busybox, FOR_EVER))
+
+    client.stop(container_id, grace_s=5)
+
+    assert client.status(container_id).state == pb.CONTAINER_EXITED
+    client.remove(container_id)
+
+
+def test_a_start_that_fails_says_why(client: Client, busybox: str) -> None:
+    pod = run_pod(client, "no-program")
+    container_id = client.create(pod, client.container_config(busybox, ["/no/such/program"]))
+
+    with pytest.raises(grpc.RpcError, match="no such file"):
+        client.start(container_id)
+
+    assert client.status(container_id).state == pb.CONTAINER_EXITED
+    assert client.pod_status(pod.id).state == pb.SANDBOX_READY
+
+
+def test_everything_goes_on_without_the_daemon_and_is_known_to_the_next(
+    restarted: Daemon, client: Client, busybox: str
+) -> None:
+    pod = run_pod(client, "goes-on")
+    ending = client.run(pod, busybox, ["sh", "-c", "sleep 1; echo late; exit 42"], "ending")
+    running = client.run(pod, busybox, FOR_EVER, "running")
+
+    restarted.kill()
+    time.sleep(2)
+    restarted.start()
+
+    assert client.wait_exited(ending).exit_code == 42
+    assert client.log(pod, "ending") == "late\n"
+    assert client.status(running).state == pb.CONTAINER_RUNNING
+    assert client.exec_sync(running, ["echo", "still"]).stdout == b"still\n"
+    assert client.pod_status(pod.id).state == pb.SANDBOX_READY
+    client.stop(running)
+    assert client.status(running).exit_code == 137
+
+
+def test_a_sandbox_that_was_half_made_when_the_daemon_died_is_taken_away(restarted: Daemon, client: Client) -> None:
+    before = restarted.traces()
+    asked = client.runtime.RunPodSandbox.future(
+        pb.RunPodSandboxRequest(config=client.pod_config("half"), runtime_handler="gvisor"), timeout=20
+    )
+    wait_until(lambda: any(restarted.run_dir.glob("sandboxes/*/sandbox/config.json")), "it is being made", 10)
+
+    restarted.kill()
+    restarted.start()
+
+    assert asked.exception() is not None
+    assert list(client.pods()) == []
+    restarted.nothing_added(before, 30)
+
+
+def test_a_sandbox_that_dies_ends_its_containers_and_is_not_ready(daemon: Daemon, client: Client, busybox: str) -> None:
+    pod = run_pod(client, "dies")
+    container_id = client.run(pod, busybox, FOR_EVER)
+
+    (process,) = sandbox_processes(daemon)
+    os.kill(process, signal.SIGKILL)
+
+    ended = client.wait_exited(container_id)
+    assert ended.exit_code == 137
+    wait_until(lambda: client.pod_status(pod.id).state == pb.SANDBOX_NOTREADY, "the pod is not ready", 10)
+    client.remove_pod(pod.id)
+
+
+def test_a_reboot_ends_the_pod(restarted: Daemon, client: Client, busybox: str) -> None:
+    pod = run_pod(client, "reboot")
+    container_id = client.run(pod, busybox, FOR_EVER)
+
+    restarted.kill()
+    restarted.lose_memory()
+    restarted.start()
+
+    assert client.pod_status(pod.id).state == pb.SANDBOX_NOTREADY
+    assert client.status(container_id).reason == "NodeRebooted"
+    client.remove_pod(pod.id)
+    warm_up(client, busybox)
+
+
+def test_a_container_whose_monitor_is_lost_has_its_exit_code_all_the_same(
+    daemon: Daemon, client: Client, busybox: str
+) -> None:
+    pod = run_pod(client, "monitor-lost")
+    ending = client.run(pod, busybox, ["sh", "-c", "sleep 2; exit 9"], "ending")
+    endless = client.run(pod, busybox, FOR_EVER, "endless")
+    time.sleep(1.5)  # so that the monitor rests
+
+    for container_id in (ending, endless):
+        os.kill(monitor_of(daemon, container_id), signal.SIGKILL)
+
+    ended = client.wait_exited(ending)
+    assert ended.exit_code == 9
+    assert "its monitor was lost" in ended.message
+    client.stop(endless, grace_s=1)
+    assert client.status(endless).exit_code in (143, 137)  # gVisor lets SIGTERM end a process 1
+
+
+def test_an_exec_that_takes_too_long_is_killed_in_the_sandbox(client: Client, busybox: str) -> None:
+    pod = run_pod(client, "exec-late")
+    container_id = client.run(pod, busybox, FOR_EVER)
+
+    details = refused(
+        grpc.StatusCode.DEADLINE_EXCEEDED, lambda: client.exec_sync(container_id, ["sleep", "4321"], timeout_s=1)
+    )
+
+    assert "timed out" in details
+    assert b"4321" not in client.exec_sync(container_id, ["ps"]).stdout
+
+
+def test_pid_namespaces_are_as_the_pod_wants_them(client: Client, busybox: str) -> None:
+    own = run_pod(client, "own-pids")
+    target = client.run(own, busybox, ["sleep", "4444"], "target", linux=container_security(OWN_PID))
+    alone = client.run(own, busybox, ["sleep", "5555"], "alone", linux=container_security(OWN_PID))
+    at_target = container_security(pb.NamespaceOption(pid=pb.TARGET, target_id=target))
+    debugger = client.run(own, busybox, FOR_EVER, "debugger", linux=at_target)
+    shared_option = pb.NamespaceOption(pid=pb.POD)
+    shared = run_pod(client, "shared-pids", shared_option)
+    first = client.run(shared, busybox, ["sleep", "1"], "first", linux=container_security(shared_option))
+    second = client.run(shared, busybox, ["sleep", "6666"], "second", linux=container_security(shared_option))
+
+    assert b"4444" in client.exec_sync(debugger, ["ps"]).stdout
+    assert b"4444" not in client.exec_sync(alone, ["ps"]).stdout
+    assert b"/pause" in client.exec_sync(second, ["ps"]).stdout
+    assert client.wait_exited(first).exit_code == 0
+    assert client.status(second).state == pb.CONTAINER_RUNNING
+
+
+def test_stats_tell_what_the_runtime_counts(client: Client, busybox: str) -> None:
+    pod = run_pod(client, "stats")
+    busy = client.run(pod, busybox, ["sh", "-c", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; exec sleep 99999"])
+    time.sleep(1)
+
+    stats = client.runtime.ContainerStats(pb.ContainerStatsRequest(container_id=busy), timeout=30).stats
+    of_pod = client.runtime.PodSandboxStats(pb.PodSandboxStatsRequest(pod_sandbox_id=pod.id), timeout=30).stats
+
+    assert stats.cpu.usage_core_nano_seconds.value > 0
+    assert stats.memory.working_set_bytes.value > 0
+    assert of_pod.linux.memory.usage_bytes.value > 1 << 20
+    assert of_pod.linux.network.default_interface.name == "eth0"
+    client.stop(busy)
+    assert not client.runtime.ContainerStats(pb.ContainerStatsRequest(container_id=busy), timeout=30).stats.HasField(
+        "cpu"
+    )
+
+
+def test_what_a_sandbox_cannot_do_is_refused_with_a_reason(client: Client, busybox: str, tmp_path: Path) -> None:
+    pod = run_pod(client, "cannot")
+    container_id = client.run(pod, busybox, FOR_EVER)
+    resources = pb.LinuxContainerResources(cpu_shares=512)
+    update = pb.UpdateContainerResourcesRequest(container_id=container_id, linux=resources)
+    checkpoint = pb.CheckpointContainerRequest(container_id=container_id, location=str(tmp_path / "x.tar"))
+    ids = [pb.IDMapping(host_id=1 << 20, container_id=0, length=65536)]
+    userns = pb.NamespaceOption(pid=pb.CONTAINER, userns_options=pb.UserNamespace(mode=pb.POD, uids=ids, gids=ids))
+
+    details = refused(
+        grpc.StatusCode.UNIMPLEMENTED, lambda: client.runtime.UpdateContainerResources(update, timeout=30)
+    )
+    assert "limits of one container in its sandbox" in details
+    refused(grpc.StatusCode.FAILED_PRECONDITION, lambda: client.runtime.CheckpointContainer(checkpoint, timeout=30))
+    details = refused(grpc.StatusCode.FAILED_PRECONDITION, lambda: run_pod(client, "userns", userns))
+    assert "without user namespaces" in details
+    details = refused(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        lambda: client.run_pod(
+            "shm", handler="gvisor", linux=pb.LinuxPodSandboxConfig(sysctls={"kernel.shm_rmid_forced": "1"})
+        ),
+    )
+    assert "kernel.shm_rmid_forced" in details
+
+
+def test_status_tells_the_handler_without_user_namespaces(client: Client) -> None:
+    handlers = client.runtime.Status(pb.StatusRequest(), timeout=10).runtime_handlers
+
+    gvisor = next(each for each in handlers if each.name == "gvisor")
+    assert not gvisor.features.user_namespaces
+
+
+def test_a_removed_pod_leaves_no_process_of_the_sandbox(daemon: Daemon, client: Client, busybox: str) -> None:
+    before = daemon.traces()
+    pod = run_pod(client, "gone")
+    client.run(pod, busybox, FOR_EVER, "first")
+    client.run(pod, busybox, FOR_EVER, "second")
+    assert len(sandbox_processes(daemon, "runsc-gofer")) == 3
+
+    client.remove_pod(pod.id)
+
+    daemon.nothing_added(before)
+    assert sandbox_processes(daemon) == sandbox_processes(daemon, "runsc-gofer") == []
