@@ -636,6 +636,10 @@ class Containers:
 
     def _unmount(self, id: ContainerId) -> None:
         self._preparation.unmount(id)
+        self.forget_orphans()
+
+    def forget_orphans(self) -> None:
+        """Forget the ends of processes that were nobody's, such as the helpers of a sandbox; in a pool."""
         forget_orphan_exits(self._settings.run_dir.parent, self._running())
 
     def _running(self) -> list[tuple[int, int]]:

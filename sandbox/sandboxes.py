@@ -347,6 +347,8 @@ class Sandboxes:
     async def _delete(self, sandbox: Sandbox) -> None:
         record = sandbox.record
         await self._pooled(files.remove, self._directory(record.id))
+        if record.runtime_sandbox:
+            await self._pooled(self._containers.forget_orphans)
         if record.owns_cgroup_parent:
             await self._cgroups.remove_parent(record.cgroup_parent)
         await self._records.delete(record.id)

@@ -693,9 +693,7 @@ class Monitor:
         if not self._config.get("has_helpers"):
             return False
         ours = (self._own_pid, os.getpid())
-        return any(
-            stat.parent in ours and stat.pid not in ours and stat.state not in "ZX" for stat in kernel.processes()
-        )
+        return any(stat.parent in ours and stat.pid not in ours for stat in kernel.processes())
 
     def _end_if_unused(self) -> None:
         if self._state == "new" and not self._clients:

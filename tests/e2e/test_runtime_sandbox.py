@@ -1,5 +1,6 @@
 """Pods of gVisor's runsc: the OCI runtime makes the sandbox, and all containers live in its one process."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from tests.e2e.harness.client import Client, Pod
 from tests.e2e.harness.daemon import Daemon
 from tests.e2e.harness.leftovers import processes
 from tests.e2e.harness.ports import wait_until
+from tests.fakes.stream_client import open_port, spdy_client, spdy_command
 
 RUNSC = os.environ.get("CRITO_TEST_RUNSC") or shutil.which("runsc") or ""
 FOR_EVER = ["sleep", "100000"]
@@ -25,20 +27,37 @@ OWN_PID = pb.NamespaceOption(pid=pb.CONTAINER)
 pytestmark = pytest.mark.skipif(not RUNSC, reason="runsc is not installed")
 
 
+# Older versions of runsc take a network namespace for the node's where it shows /proc/sys/net/core/rmem_default, as
+# newer kernels do in all: their own network stack starts where that is hidden.
+NETSTACK = f"""#!/bin/sh
+for word; do
+    [ "$word" != start ] || exec unshare --mount --propagation slave sh -c '
+        mount -t tmpfs none /mnt && mkdir /mnt/fs /mnt/kernel /mnt/vm
+        for each in fs kernel vm; do mount --bind /proc/sys/$each /mnt/$each; done
+        mount --rbind /mnt /proc/sys && exec "$@"' sh {RUNSC} "$@"
+done
+exec {RUNSC} "$@"
+"""
+
+
 @pytest.fixture(scope="module")
-def shared_daemon(make_daemon: MakeDaemon, busybox: str) -> Daemon:
-    """Its netstack wants to see no sysctls of the node in the pod's namespace, which newer kernels show: so host's."""
+def shared_daemon(make_daemon: MakeDaemon, directory: Path, busybox: str) -> Daemon:
+    netstack = directory / "runsc-netstack"
+    netstack.write_text(NETSTACK)
+    netstack.chmod(0o755)
     gvisor = {"path": RUNSC, "sandbox_by_runtime": True, "runtime_args": ["--network=host"]}
-    made = make_daemon({"runtime": {"handlers": {"gvisor": gvisor}}})
+    handlers = {"gvisor": gvisor, "netstack": {"path": netstack, "sandbox_by_runtime": True}}
+    made = make_daemon({"runtime": {"handlers": handlers}})
     client = made.client()
-    warm_up(client, busybox)
+    for handler in handlers:
+        warm_up(client, busybox, handler)
     client.close()
     return made
 
 
-def warm_up(client: Client, image: str) -> None:
+def warm_up(client: Client, image: str, handler: str) -> None:
     """What is made once and stays is there after this."""
-    pod = client.run_pod("warm-up", handler="gvisor")
+    pod = client.run_pod("warm-up", handler=handler)
     client.run(pod, image, ["true"])
     client.remove_pod(pod.id)
 
@@ -204,7 +223,8 @@ def test_a_reboot_ends_the_pod(restarted: Daemon, client: Client, busybox: str) 
     assert client.pod_status(pod.id).state == pb.SANDBOX_NOTREADY
     assert client.status(container_id).reason == "NodeRebooted"
     client.remove_pod(pod.id)
-    warm_up(client, busybox)
+    for handler in ("gvisor", "netstack"):
+        warm_up(client, busybox, handler)
 
 
 def test_a_container_whose_monitor_is_lost_has_its_exit_code_all_the_same(
@@ -235,6 +255,66 @@ def test_an_exec_that_takes_too_long_is_killed_in_the_sandbox(client: Client, bu
 
     assert "timed out" in details
     assert b"4321" not in client.exec_sync(container_id, ["ps"]).stdout
+
+
+def test_streams_reach_the_sandbox(client: Client, busybox: str) -> None:
+    pod = run_pod(client, "streams")
+    script = ["sh", "-c", "read word; echo got $word; echo err >&2"]
+    plain = client.run(pod, busybox, script, "plain", stdin=True, stdin_once=True)
+    terminal = client.run(pod, busybox, script, "terminal", stdin=True, stdin_once=True, tty=True)
+    container_id = client.run(pod, busybox, FOR_EVER, "endless")
+
+    def attach(container_id: str, **streams: bool) -> str:
+        answer: str = client.runtime.Attach(pb.AttachRequest(container_id=container_id, **streams), timeout=20).url
+        return answer
+
+    def execute(command: str, **streams: bool) -> str:
+        request = pb.ExecRequest(container_id=container_id, cmd=["sh", "-c", command], **streams)
+        answer: str = client.runtime.Exec(request, timeout=20).url
+        return answer
+
+    async def run() -> None:
+        url = attach(plain, stdin=True, stdout=True, stderr=True)
+        async with spdy_command(url, "stdin", "stdout", "stderr") as command:
+            await command["stdin"].write(b"word\n", fin=True)
+            assert await command["stdout"].read_all() == b"got word\n"
+            assert await command["stderr"].read_all() == b"err\n"
+        url = attach(terminal, stdin=True, stdout=True, tty=True)
+        async with spdy_command(url, "stdin", "stdout", "resize") as command:
+            await command["stdin"].write(b"word\n")
+            assert b"got word\r\n" in await command["stdout"].read_all()
+        url = execute("cat; echo err >&2", stdin=True, stdout=True, stderr=True)
+        async with spdy_command(url, "stdin", "stdout", "stderr") as command:
+            await command["stdin"].write(b"in", fin=True)
+            assert await command["stdout"].read_all() == b"in"
+            assert await command["stderr"].read_all() == b"err\n"
+        url = execute("[ -t 0 ] && echo terminal", stdout=True, tty=True)
+        async with spdy_command(url, "stdout", "resize") as command:
+            assert await command["stdout"].read_all() == b"terminal\r\n"
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    assert client.wait_exited(plain).exit_code == 0
+    assert client.wait_exited(terminal).exit_code == 0
+
+
+@pytest.mark.parametrize(("handler", "address"), [("gvisor", "127.0.0.1"), ("netstack", "0.0.0.0")])
+def test_a_port_is_forwarded_to_whichever_network_stack_the_sandbox_uses(
+    client: Client, busybox: str, handler: str, address: str
+) -> None:
+    pod = client.run_pod("forward", handler=handler)
+    serve = ["sh", "-c", f"echo served > /tmp/index.html; exec httpd -f -p {address}:8080 -h /tmp"]
+    client.run(pod, busybox, serve, "server")
+    neighbour = client.run(pod, busybox, FOR_EVER, "neighbour")
+    client.exec_sync(neighbour, ["sh", "-c", "until netstat -lnt | grep -q :8080; do sleep 0.1; done"])
+    url = client.runtime.PortForward(pb.PortForwardRequest(pod_sandbox_id=pod.id, port=[8080]), timeout=20).url
+
+    async def run() -> None:
+        async with spdy_client(url, ["portforward.k8s.io"]) as session:
+            data, _ = await open_port(session, 8080)
+            await data.write(b"GET /index.html HTTP/1.0\r\n\r\n")
+            assert (await data.read_all()).endswith(b"served\n")
+
+    asyncio.run(asyncio.wait_for(run(), 20))
 
 
 def test_pid_namespaces_are_as_the_pod_wants_them(client: Client, busybox: str) -> None:
