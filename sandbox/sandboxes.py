@@ -325,6 +325,8 @@ class Sandboxes:
         record = sandbox.record
         if record.runtime_sandbox:
             await self._runtime_sandboxes.remove(self._runtime_sandbox(record))
+            if record.pause_pid:  # what has outlived that, outside of the cgroup
+                await kill_pause(record.pause_pid, record.pause_start_time)
         if record.attachments:
             await self._network.remove(self._network_request(sandbox), record.attachments)
         pause = await self._pooled(read_pod_process, self._pin_dir(record.id))

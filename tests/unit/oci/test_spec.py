@@ -489,3 +489,24 @@ def test_a_limit_is_lowered_to_what_this_process_may_hand_on(monkeypatch: pytest
     assert permitted(Rlimit("RLIMIT_CORE", 50, -1)) == Rlimit("RLIMIT_CORE", 50, 200)
     with pytest.raises(ValueError, match="RLIMIT_NONE is not a resource limit"):
         permitted(Rlimit("RLIMIT_NONE", 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("mode", "target", "pid"),
+    [
+        (NamespaceMode.CONTAINER, None, [{"type": "pid", "path": "/crito/pid/c1"}]),
+        (NamespaceMode.POD, None, []),
+        (NamespaceMode.NODE, None, []),
+        (NamespaceMode.TARGET, "/crito/pid/c0", [{"type": "pid", "path": "/crito/pid/c0"}]),
+        (NamespaceMode.TARGET, "", []),
+    ],
+)
+def test_in_a_runtimes_sandbox_pid_namespaces_are_names_and_the_network_is_the_pods(
+    mode: NamespaceMode, target: str | None, pid: list[dict[str, str]]
+) -> None:
+    pod = replace(POD, ipc_ns="", uts_ns="", pid_ns="", runtime_sandbox=True)
+
+    config = build(secure(pid=mode), pod=pod, placement=replace(PLACEMENT, target_pid_ns=target))
+
+    ours = [{"type": "mount"}, {"type": "ipc"}, {"type": "uts"}, {"type": "network", "path": "/ns/net"}]
+    assert config["linux"]["namespaces"] == [*ours, *pid]
