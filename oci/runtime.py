@@ -209,7 +209,9 @@ class Runtime:
         cgroups_path = cgroup.runtime_path(self.driver, cgroup_parent, id)
         try:
             await asyncio.to_thread(_write_canary, bundle, cgroups_path)
-            await self._output([*self.argv, "run", *self.create_options, "--bundle", str(bundle), id], timeout_s)
+            # No null device as its stdin: runsc and crun give what they find there to the container's user.
+            command = [*self.argv, "run", *self.create_options, "--bundle", str(bundle), id]
+            await self._output(command, timeout_s, given=b"")
             return Canary(True, "", time.monotonic() - began)
         except (Error, OSError) as error:
             return Canary(False, f"{self.path}: cannot run a container: {error}", time.monotonic() - began)

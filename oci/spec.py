@@ -4,7 +4,7 @@ Sources: OCI runtime-spec, config.md and config-linux.md; api.proto, ContainerCo
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -52,6 +52,9 @@ _MASKED = (
 )
 _READONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
+# Capabilities over the node's kernel, which no container in a sandbox reaches; older versions of runsc refuse them.
+_OF_THE_NODES_KERNEL = frozenset({"BPF", "CHECKPOINT_RESTORE", "PERFMON"})
+
 
 @dataclass(frozen=True, slots=True)
 class RuntimeFeatures:
@@ -98,6 +101,8 @@ def build(
     defaults: Defaults = Defaults(),
 ) -> dict[str, Any]:
     """config.json of the container. Raises InvalidArgument, FailedPrecondition with the field and its value."""
+    if pod.runtime_sandbox:
+        node = replace(node, capabilities=node.capabilities - _OF_THE_NODES_KERNEL)
     process = _process(spec, image, pod, node, placement, host, defaults)
     mounts, propagation = _mounts(spec, pod, placement, host, features)
     linux: dict[str, Any] = {

@@ -124,6 +124,38 @@ def test_two_containers_live_in_one_sandbox_and_end_each_with_its_own_code(
     assert client.pod_status(pod.id).state == pb.SANDBOX_READY
 
 
+def test_the_usual_fields_of_a_container_hold_in_the_sandbox(client: Client, busybox: str, tmp_path: Path) -> None:
+    pod = run_pod(client, "fields")
+    tmp_path.chmod(0o777)
+    shared = pb.Mount(container_path="/data", host_path=str(tmp_path))
+    security = pb.LinuxContainerSecurityContext(
+        namespace_options=OWN_PID,
+        run_as_user=pb.Int64Value(value=1000),
+        readonly_rootfs=True,
+        seccomp=pb.SecurityProfile(profile_type=pb.SecurityProfile.RuntimeDefault),
+    )
+    limits = pb.LinuxContainerResources(memory_limit_in_bytes=64 << 20, cpu_shares=100)
+    script = "id -u; echo $WORD; echo from-within > /data/file; touch /no 2>&1; echo shm > /dev/shm/x; exit 0"
+    container_id = client.run(
+        pod,
+        busybox,
+        ["sh", "-c", script],
+        linux=pb.LinuxContainerConfig(security_context=security, resources=limits),
+        mounts=[shared],
+        envs=[pb.KeyValue(key="WORD", value=b"said")],
+    )
+    privileged = pb.LinuxContainerSecurityContext(namespace_options=OWN_PID, privileged=True)
+    other = client.run(
+        pod, busybox, ["cat", "/dev/shm/x"], "other", linux=pb.LinuxContainerConfig(security_context=privileged)
+    )
+
+    assert client.wait_exited(container_id).exit_code == 0
+    assert client.log(pod).splitlines() == ["1000", "said", "touch: /no: Read-only file system"]
+    assert (tmp_path / "file").read_text() == "from-within\n"
+    assert client.wait_exited(other).exit_code == 0
+    assert client.log(pod, "other") == "shm\n"
+
+
 def test_a_stop_signal_and_then_sigkill_end_a_container(client: Client, busybox: str) -> None:
     pod = run_pod(client, "stop")
     willing = client.run(
@@ -396,3 +428,4 @@ def test_a_removed_pod_leaves_no_process_of_the_sandbox(daemon: Daemon, client: 
 
     daemon.nothing_added(before)
     assert sandbox_processes(daemon) == sandbox_processes(daemon, "runsc-gofer") == []
+    assert Path("/dev/null").stat().st_uid == 0  # which runsc gives away where it is somebody's stdin

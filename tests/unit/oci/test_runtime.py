@@ -171,3 +171,13 @@ def test_a_runtime_that_makes_sandboxes_makes_no_checkpoints(tmp_path: Path) -> 
     made = runtime.Runtime("gvisor", tmp_path / "fake", tmp_path / "root", cgroup.Driver.CGROUPFS, makes_sandboxes=True)
 
     assert not asyncio.run(made.can_checkpoint())
+
+
+def test_a_canary_has_no_device_of_the_hosts_as_its_stdin(tmp_path: Path) -> None:
+    """runsc gives it to the user of its sandbox, who would then own the host's /dev/null."""
+    made = fake(tmp_path, f'[ "$5" != run ] || readlink /proc/$$/fd/0 > {tmp_path}/stdin')
+    (tmp_path / "canary").mkdir()
+
+    asyncio.run(made.canary(tmp_path / "canary", "/"))
+
+    assert not (tmp_path / "stdin").read_text().startswith("/")

@@ -510,3 +510,12 @@ def test_in_a_runtimes_sandbox_pid_namespaces_are_names_and_the_network_is_the_p
 
     ours = [{"type": "mount"}, {"type": "ipc"}, {"type": "uts"}, {"type": "network", "path": "/ns/net"}]
     assert config["linux"]["namespaces"] == [*ours, *pid]
+
+
+def test_a_privileged_container_in_a_sandbox_has_no_capabilities_over_the_nodes_kernel() -> None:
+    pod = replace(POD, ipc_ns="", uts_ns="", pid_ns="", runtime_sandbox=True)
+
+    names = build(secure(privileged=True), pod=pod)["process"]["capabilities"]["bounding"]
+
+    assert "CAP_SYS_ADMIN" in names
+    assert not {"CAP_BPF", "CAP_PERFMON", "CAP_CHECKPOINT_RESTORE"} & set(names)
