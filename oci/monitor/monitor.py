@@ -143,7 +143,7 @@ class Monitor:
         self._oom_score = OomScore(config.get("oom_score_adj", -999), surroundings.oom_score_adj)
         self._clients: list[Client] = []
         self._state = "new"
-        self._commands = 0  # create, start and exec commands under way: a stray child may be theirs
+        self._commands = 0  # create, start, kill and exec commands under way: a stray child may be theirs
         self._strays: dict[int, int] = {}
         self._execs: dict[int, tuple[Exec, Client]] = {}
         self._last_exec = 0
@@ -577,10 +577,12 @@ class Monitor:
                 client.tell({"id": request})
             else:
                 client.refuse(request, error)
+            self._command_ended()
 
         everyone = ["--all"] if number == signal.SIGKILL else []
         log = f"kill-{request}.log"
         self._command(["kill", *everyone, self._id, str(number)], (0, 1, 1), log, KILL_S, done)
+        self._commands += 1
 
     def _end_unstarted(self) -> None:
         """There is no process yet; the daemon lets the runtime forget the container."""

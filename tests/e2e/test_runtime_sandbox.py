@@ -216,6 +216,31 @@ def test_everything_goes_on_without_the_daemon_and_is_known_to_the_next(
     assert client.status(running).exit_code == 137
 
 
+def test_pods_of_a_handler_that_lost_the_setting_are_stopped_as_they_were_made(
+    restarted: Daemon, client: Client, busybox: str
+) -> None:
+    pod = run_pod(client, "setting-lost")
+    stopped = client.run(pod, busybox, ["sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.1; done"], "stopped")
+    other = client.run(pod, busybox, FOR_EVER, "other")
+    time.sleep(1)  # so that the trap is set
+    handler = restarted.settings["runtime"]["handlers"]["gvisor"]
+
+    restarted.kill()
+    handler["sandbox_by_runtime"] = False
+    try:
+        restarted.start()
+        client.stop(stopped, grace_s=20)
+
+        assert client.status(stopped).exit_code == 3
+        assert client.status(other).state == pb.CONTAINER_RUNNING
+        assert client.exec_sync(other, ["true"]).exit_code == 0
+        client.remove_pod(pod.id)
+        assert sandbox_processes(restarted) == []
+    finally:
+        restarted.kill()
+        handler["sandbox_by_runtime"] = True
+
+
 def test_a_sandbox_that_was_half_made_when_the_daemon_died_is_taken_away(restarted: Daemon, client: Client) -> None:
     before = restarted.traces()
     asked = client.runtime.RunPodSandbox.future(
@@ -379,6 +404,8 @@ def test_stats_tell_what_the_runtime_counts(client: Client, busybox: str) -> Non
     assert stats.memory.working_set_bytes.value > 0
     assert of_pod.linux.memory.usage_bytes.value > 1 << 20
     assert of_pod.linux.network.default_interface.name == "eth0"
+    metrics = client.runtime.ListPodSandboxMetrics(pb.ListPodSandboxMetricsRequest(), timeout=30).pod_metrics
+    assert (len(metrics[0].metrics) > 0, list(metrics[0].container_metrics)) == (True, [])
     client.stop(busy)
     assert not client.runtime.ContainerStats(pb.ContainerStatsRequest(container_id=busy), timeout=30).stats.HasField(
         "cpu"
