@@ -456,7 +456,7 @@ class Monitor:
         """After the runtime's start, which has handed the streams to the sandbox. What is wrong, if anything."""
         if error is not None:
             error = self._with_stderr(error)
-        self._is_stdio_begun = True
+        self._is_stdio_begun, self._their_stdio = True, (0, 1, 1)
         problem = self._begin_stdio()
         if error is None:
             self._is_started = True

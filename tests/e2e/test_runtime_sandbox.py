@@ -15,6 +15,7 @@ import pytest
 
 from cri.api.runtime.v1 import api_pb2 as pb
 from tests.e2e.conftest import MakeDaemon
+from tests.e2e.harness import cgroups
 from tests.e2e.harness.client import Client, Pod
 from tests.e2e.harness.daemon import Daemon
 from tests.e2e.harness.leftovers import processes
@@ -267,6 +268,29 @@ def test_a_sandbox_that_dies_ends_its_containers_and_is_not_ready(daemon: Daemon
     assert ended.exit_code == 137
     wait_until(lambda: client.pod_status(pod.id).state == pb.SANDBOX_NOTREADY, "the pod is not ready", 10)
     client.remove_pod(pod.id)
+
+
+def test_a_sandbox_over_its_pods_memory_limit_ends_its_containers_as_oom_killed(
+    daemon: Daemon, client: Client, busybox: str
+) -> None:
+    parent = cgroups.below(daemon.cgroup_parent, "small")
+    cgroups.make(parent)
+    for hierarchy in cgroups.hierarchies():  # what kubelet sets for the pod
+        for name in ("memory.limit_in_bytes", "memory.max"):
+            if (limit := hierarchy / parent.strip("/") / name).exists():
+                limit.write_text(str(96 << 20))
+    security = pb.LinuxSandboxSecurityContext(namespace_options=OWN_PID)
+    linux = pb.LinuxPodSandboxConfig(cgroup_parent=parent, security_context=security)
+    pod = client.run_pod("greedy", handler="gvisor", linux=linux)
+    other = client.run(pod, busybox, FOR_EVER, "other")
+    greedy = client.run(pod, busybox, ["dd", "if=/dev/zero", "of=/dev/null", "bs=512M"], "greedy")
+
+    for container_id in (greedy, other):
+        ended = client.wait_exited(container_id)
+        assert (ended.exit_code, ended.reason) == (137, "OOMKilled")
+    wait_until(lambda: client.pod_status(pod.id).state == pb.SANDBOX_NOTREADY, "the pod is not ready", 10)
+    client.remove_pod(pod.id)
+    cgroups.remove(parent)
 
 
 def test_a_reboot_ends_the_pod(restarted: Daemon, client: Client, busybox: str) -> None:
