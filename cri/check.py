@@ -226,6 +226,10 @@ def _runtimes(config: Config) -> Iterator[Finding]:
         else:
             weight = Weight.ADVICE if configured else Weight.SOME
             yield Finding(f"runtime {name}", False, weight, f"{seen}: {canary.reason}", _runtime_cure(canary.reason))
+    for name, handler in config.runtime.handlers.items():
+        if handler.path.name == "runsc" and not handler.sandbox_by_runtime:
+            seen = "each container gets a sandbox of its own, and they cannot share the pod's network"
+            yield Finding(f"runtime {name}", False, Weight.SOME, seen, "set its sandbox_by_runtime to true")
     chosen = config.runtime.default_handler or next((name for name, (_, each) in canaries.items() if each.ok), "")
     works = chosen in canaries and canaries[chosen][1].ok
     seen = (

@@ -143,6 +143,12 @@ class RuntimeHandler:
         (),
         'Options of the OCI runtime that precede each of its commands, such as "--config=/etc/kata/qemu.toml".',
     )
+    sandbox_by_runtime: bool = setting(
+        kinds.FLAG,
+        False,
+        "The OCI runtime makes pod sandboxes itself, and all containers of a pod live in its one process: gVisor's"
+        " runsc, or one with its command line.",
+    )
     no_pivot: bool = setting(
         kinds.FLAG,
         False,

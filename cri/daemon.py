@@ -63,6 +63,7 @@ from oci.linux import cgroup, lsm, node
 from oci.linux.systemd import Systemd
 from oci.rootfs import Rootfs
 from oci.runtime import Runtime
+from oci.sandbox_container import SandboxContainers
 from oci.spec import Defaults
 from oci.state import Database, Records
 from oci.status import REASON_OOM_KILLED
@@ -435,6 +436,7 @@ async def _build(config: Config, stack: contextlib.AsyncExitStack) -> Daemon:
         fork_server,
         network,
         PodCgroups(driver, here.cgroups, systemd_bus, mounts),
+        SandboxContainers(driver, here.cgroups, handlers, fork_server, config.runtime.container_create_timeout, mounts),
         events,
         clock,
         mounts,

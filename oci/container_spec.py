@@ -190,4 +190,5 @@ class PodEnvironment:
     privileged: bool
     user_namespace: UserNamespace | None = None
     selinux: SELinuxLabel | None = None
+    runtime_sandbox: bool = False  # its containers live in a sandbox that the OCI runtime has made
     annotations: Mapping[str, str] = field(default_factory=dict)

@@ -7,7 +7,7 @@ import pytest
 
 from cri import check
 from cri.check import Finding, Weight, can_run, text
-from cri.config import CgroupDriver, Config, ImageSection, RuntimeSection
+from cri.config import CgroupDriver, Config, CritoSection, ImageSection, RuntimeHandler, RuntimeSection
 from oci.linux.cgroup import Cgroups, Hierarchy
 
 GOOD = Finding("kernel", True, Weight.REQUIRED, "6.1")
@@ -100,3 +100,18 @@ def test_files_of_hooks_and_devices_that_are_wrong_are_named(tmp_path: Path) -> 
     assert all(
         finding.ok for finding in check._described(Config(runtime=RuntimeSection(cdi_spec_dirs=(), hooks_dir=())))
     )
+
+
+def test_runsc_without_sandboxes_of_its_own_is_advised_against(tmp_path: Path) -> None:
+    program = tmp_path / "runsc"
+    program.write_text("#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+    section = CritoSection(root=tmp_path / "root", run_dir=tmp_path / "run")
+
+    def findings(by_runtime: bool) -> list[str]:
+        handler = RuntimeHandler(path=program, root=tmp_path / "state", sandbox_by_runtime=by_runtime)
+        config = Config(crito=section, runtime=RuntimeSection(handlers={"gvisor": handler}))
+        return [each.meaning for each in check._runtimes(config)]
+
+    assert any("sandbox_by_runtime" in meaning for meaning in findings(False))
+    assert not any("sandbox_by_runtime" in meaning for meaning in findings(True))
