@@ -272,6 +272,12 @@ class ImageSection:
     auth_file: Path | None = setting(
         kinds.OPTIONAL_PATH, None, "Registry credentials for pulls that bring none (containers-auth.json(5))."
     )
+    namespaced_auth_dir: Path | None = setting(
+        kinds.OPTIONAL_PATH,
+        None,
+        "Directory of auth files for one pull each, NAMESPACE-<SHA-256 of the image's name>.json, as CRI-O's credential"
+        " provider for kubelet writes them (to /etc/crio/auth); empty: none. Used instead of auth_file, then gone.",
+    )
     certs_dir: Path = setting(
         kinds.PATH, Path("/etc/containers/certs.d"), "Directories HOST[:PORT] with ca.crt, client.cert and client.key."
     )

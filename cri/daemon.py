@@ -556,6 +556,7 @@ def image_settings(config: Config) -> ImageSettings:
         registries_conf_dir=image.registries_conf_dir,
         policy=image.policy,
         auth_file=image.auth_file,
+        namespaced_auth_dir=image.namespaced_auth_dir,
         certs_dir=image.certs_dir,
         pinned_images=image.pinned_images,
         max_parallel_layers=image.max_parallel_layers,

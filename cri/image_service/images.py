@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import oci.image
 from cri.image_service import auth, policy
 from cri.image_service import reference as references
-from cri.image_service.auth import Credentials
+from cri.image_service.auth import AuthFile, Credentials, NamespacedAuth
 from cri.image_service.group_sync import GroupSync
 from cri.image_service.implied import make_implied_layer
 from cri.image_service.joined import Joined
@@ -54,6 +54,7 @@ class ImageSettings:
     registries_conf_dir: Path | None = None
     policy: Path | None = None  # None: every image is accepted
     auth_file: Path | None = None
+    namespaced_auth_dir: Path | None = None
     certs_dir: Path | None = None
     pinned_images: tuple[str, ...] = ()  # exact names, "glob*", "*keyword*"
     max_parallel_layers: int = 4
@@ -135,6 +136,8 @@ class Images:
         self._database = database
         self._directory = LayerDirectory(settings.root)
         self._registries = RegistriesFiles(settings.registries_conf, settings.registries_conf_dir)
+        directory = settings.namespaced_auth_dir
+        self._namespaced_auth = NamespacedAuth(directory) if directory is not None else None
         self._workers = Workers(settings.max_parallel_layers, settings.progress_timeout_s)
         self._slots = Slots(settings.max_parallel_layers, settings.registry_limits)
         self._syncs = GroupSync(partial(self._workers.call, {"verb": "sync", "path": str(settings.root)}))
@@ -178,6 +181,8 @@ class Images:
             raise
         images = cls(settings, store, database)
         images._take(contents)
+        if images._namespaced_auth is not None:
+            await asyncio.to_thread(images._namespaced_auth.sweep)
         images._empty_trash(directory.trash())
         return images
 
@@ -280,23 +285,27 @@ class Images:
         credentials: Credentials | None = None,
         *,
         platform: str | None = None,
+        namespace: str = "",
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Image:
         """The image that the registry has under `reference` now; layers that are here are not fetched again.
 
-        The same pull at once is one. A caller that is cancelled stops waiting; when none is left the pull ends.
+        The same pull at once, with the same credentials and for the same namespace, is one. A caller that is cancelled
+        stops waiting; when none is left the pull ends. `namespace` is that of the pod that the image is for.
         Raises InvalidArgument, NotFound, PermissionDenied ("SignatureValidationFailed…" where the policy refuses),
         Unavailable ("RegistryUnavailable…"), ResourceExhausted, DeadlineExceeded, or Error for what makes no sense.
         """
         parsed = references.with_default_tag(references.parse(reference))
         if platform is not None:
             parse_platform(platform)
-        key = (str(parsed), credentials, platform)
+        key = (str(parsed), credentials, platform, namespace)
         progress = self._progress.setdefault(key, Progress(str(parsed)))
         if on_progress is not None:
             progress.listeners.append(on_progress)
         try:
-            return await self._pulls.run(key, lambda: self._pull(key, parsed, credentials, platform, progress))
+            return await self._pulls.run(
+                key, lambda: self._pull(key, parsed, credentials, platform, namespace, progress)
+            )
         except asyncio.CancelledError as error:
             if key in self._cancelled and not _is_being_cancelled():
                 raise Unavailable(f"the pull of {parsed} was cancelled by the node's administrator") from error
@@ -311,15 +320,17 @@ class Images:
         parsed: Reference,
         credentials: Credentials | None,
         platform: str | None,
+        namespace: str,
         progress: Progress,
     ) -> Image:
         self._cancelled.discard(key)
         try:
+            auth_file = await self._auth_file(namespace, parsed)
             conf = await asyncio.to_thread(self._registries.current)
             meanings = conf.qualified(parsed)
             for at, meaning in enumerate(meanings):
                 try:
-                    return await self._pull_qualified(meaning, credentials, platform, progress)
+                    return await self._pull_qualified(meaning, credentials, auth_file, platform, progress)
                 except (NotFound, PermissionDenied, Unavailable) as error:
                     if at == len(meanings) - 1:
                         raise
@@ -328,12 +339,26 @@ class Images:
         finally:
             self._progress.pop(key, None)
 
+    async def _auth_file(self, namespace: str, image: Reference) -> AuthFile | Path | None:
+        """The namespace's own for this pull, where there is one: then the node's is not asked."""
+        if self._namespaced_auth is not None and namespace:
+            own = await asyncio.to_thread(self._namespaced_auth.take, namespace, image)
+            if own is not None:
+                log.info("pulling %s with the credentials of namespace %s", image, namespace)
+                return own
+        return self._settings.auth_file
+
     async def _pull_qualified(
-        self, wanted: Reference, credentials: Credentials | None, platform: str | None, progress: Progress
+        self,
+        wanted: Reference,
+        credentials: Credentials | None,
+        auth_file: AuthFile | Path | None,
+        platform: str | None,
+        progress: Progress,
     ) -> Image:
         scopes = policy.registry_scopes(wanted)
         await asyncio.to_thread(policy.check, self._settings.policy, "docker", scopes, f"image {wanted}")
-        sources = await self._sources(wanted, credentials)
+        sources = await self._sources(wanted, credentials, auth_file)
         resolved = await self._workers.call(
             {
                 "verb": "resolve",
@@ -372,11 +397,13 @@ class Images:
             request["pace"] = {"path": str(self._directory.pace(host)), "bytes_per_s": limit.bytes_per_s}
         return _Layer(diff_id, descriptor.size_bytes, request, descriptor.digest, host)
 
-    async def _sources(self, wanted: Reference, credentials: Credentials | None) -> Sequence[dict[str, Any]]:
+    async def _sources(
+        self, wanted: Reference, credentials: Credentials | None, auth_file: AuthFile | Path | None
+    ) -> Sequence[dict[str, Any]]:
         conf = await asyncio.to_thread(self._registries.current)
         sources = []
         for endpoint in conf.endpoints(wanted):
-            known = await auth.for_endpoint(endpoint, wanted.registry, credentials, self._settings.auth_file)
+            known = await auth.for_endpoint(endpoint, wanted.registry, credentials, auth_file, conf.credential_helpers)
             sources.append(
                 {
                     "host": endpoint.host,
@@ -755,7 +782,9 @@ class Images:
         manifest = parse(record.manifest.encode(), record.media_type, f"image {image_id}")
         assert isinstance(manifest, Manifest)  # an index is never recorded
         at = config.diff_ids.index(diff_id)
-        return self._remote_layer(diff_id, manifest.layers[at], await self._sources(name, None), {})
+        return self._remote_layer(
+            diff_id, manifest.layers[at], await self._sources(name, None, self._settings.auth_file), {}
+        )
 
     def _image_names(self, image_id: str) -> tuple[str, ...]:
         image = self._images.get(image_id)

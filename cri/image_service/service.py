@@ -44,7 +44,8 @@ class ImageService(api_pb2_grpc.ImageServiceServicer):
 
     async def PullImage(self, request: api.PullImageRequest, context: Context) -> api.PullImageResponse:
         reference = _reference(request.image)
-        image = await self._images.pull(reference, _credentials(request))
+        namespace = request.sandbox_config.metadata.namespace
+        image = await self._images.pull(reference, _credentials(request), namespace=namespace)
         return api.PullImageResponse(image_ref=image.id)
 
     async def RemoveImage(self, request: api.RemoveImageRequest, context: Context) -> api.RemoveImageResponse:
