@@ -20,6 +20,7 @@ from cri.node_messages import (
     PullImage,
     Pulls,
     PullStatus,
+    SaveImages,
     VerifyImages,
     decoder,
     encode,
@@ -54,6 +55,9 @@ class NodeClient:
 
     def load(self, request: LoadImage) -> Iterator[ImageEvent]:
         return self._stream("LoadImage", request)
+
+    def save(self, request: SaveImages) -> Iterator[ImageEvent]:
+        return self._stream("SaveImages", request)
 
     def pulls(self) -> list[PullStatus]:
         answer: list[PullStatus] = self._ask("Pulls", Pulls(), list[PullStatus])

@@ -31,6 +31,8 @@ from cri.image_service.manifest import Descriptor, Manifest, host_platform, is_d
 from cri.image_service.progress import LayerPhase, LayerProgress, Progress
 from cri.image_service.reference import Reference
 from cri.image_service.registries_conf import RegistriesFiles
+from cri.image_service.save import FORMATS, Saved
+from cri.image_service.save import remove as remove_unfinished
 from cri.image_service.snapshots import LayerDirectory, References, directory_name, total
 from cri.image_service.store import Contents, ImageRecord, LayerRecord, Name, Store
 from cri.image_service.unpack import sync_filesystem
@@ -488,6 +490,112 @@ class Images:
                     await self.pin(image.id, True)
             except (Error, OSError) as error:
                 log.error("cannot load %s: %s", path, error)
+
+    # ---- save
+
+    async def save(
+        self,
+        wanted: Sequence[str],
+        path: Path,
+        form: str,
+        credentials: Credentials | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> tuple[Saved, ...]:
+        """Writes images to `path` in a format of save.FORMATS; `path` has them all, or is as it was.
+
+        Layers are fetched again where a registry has them: then the copy is exact. A caller that is cancelled ends it.
+        Raises InvalidArgument, NotFound, AlreadyExists, ResourceExhausted, or Error for what cannot be read or written.
+        """
+        if form not in FORMATS:
+            raise InvalidArgument(f"format {form!r}: expected one of {', '.join(FORMATS)}")
+        names: dict[str, dict[str, None]] = {}
+        for reference in wanted:
+            image = self.resolve(reference)
+            names.setdefault(image.id, {}).update(dict.fromkeys(self._names_asked_for(reference, image)))
+        if not names:
+            raise InvalidArgument("no image to save is named")
+        progress = Progress(f"save to {path}", "saving", listeners=[on_progress] if on_progress is not None else [])
+        layers = [diff_id for image_id in names for diff_id in self._layers_of[image_id]]
+        self._progress[key := object()] = progress
+        self._references.claim(layers)
+        try:
+            return await self._save(
+                {image_id: tuple(each) for image_id, each in names.items()}, path, form, credentials, progress
+            )
+        finally:
+            self._references.unclaim(layers)
+            self._progress.pop(key, None)
+            self._free_later(layers)
+
+    async def _save(
+        self,
+        names: Mapping[str, tuple[str, ...]],
+        path: Path,
+        form: str,
+        credentials: Credentials | None,
+        progress: Progress,
+    ) -> tuple[Saved, ...]:
+        for image_id in names:
+            await self.ensure(image_id)
+        images = [await self._to_save(image_id, each, credentials) for image_id, each in names.items()]
+        progress.layers_total = sum(len(image["layers"]) for image in images)
+        temporary = path.with_name(f".{path.name[:200]}.crito-{secrets.token_hex(4)}")
+
+        def progressed(now: dict[str, int]) -> None:
+            progress.layers_done = now["layers"]
+            progress.bytes_fetched, progress.bytes_total = now["done_bytes"], now["total_bytes"]
+            progress.changed()
+
+        request = {"verb": "save", "path": str(path), "temporary": str(temporary), "format": form, "images": images}
+        try:
+            done = await self._workers.call({**request, **self._timeouts()}, progressed)
+        except BaseException:  # a worker that was killed has left something
+            await asyncio.to_thread(remove_unfinished, temporary)
+            raise
+        progress.phase = "done"
+        progressed(done)
+        return tuple(Saved(**{**image, "names": tuple(image["names"])}) for image in done["images"])
+
+    async def _to_save(self, image_id: str, names: Sequence[str], credentials: Credentials | None) -> dict[str, Any]:
+        """What the worker needs to write the image, from its registries or from its layers."""
+        record = await self._db(self._store.image, image_id)
+        if record is None or image_id not in self._images:
+            raise NotFound(f"image {image_id} is not on this node any more")
+        sources: dict[tuple[str, str], dict[str, Any]] = {}
+        for name in self._image_names(image_id) if record.manifest else ():
+            try:
+                found = await self._sources(references.parse(name), credentials, self._settings.auth_file)
+            except Error as error:
+                log.info("cannot fetch %s by the name %s to save it: %s", image_id, name, error)
+                continue
+            sources |= {(each["host"], each["repository"]): each for each in found}
+        return {
+            "id": image_id,
+            "names": list(names),
+            "config": record.config,
+            "manifest": record.manifest,
+            "media_type": record.media_type,
+            "sources": list(sources.values()),
+            "layers": [
+                {
+                    "diff_id": diff_id,
+                    "tree": str(self._directory.path(diff_id)),
+                    "implied": self._layers[diff_id].implied,
+                    "size_bytes": self._layers[diff_id].size_bytes,
+                }
+                for diff_id in self._images[image_id].config.diff_ids
+            ],
+        }
+
+    def _names_asked_for(self, reference: str, image: Image) -> tuple[str, ...]:
+        """The name that `reference` is, in full; where it is an id, all tags, or digests where there is no tag."""
+        with contextlib.suppress(InvalidArgument):
+            for candidate in self._local_meanings(references.with_default_tag(references.parse(reference))):
+                if candidate.tagged in image.repo_tags and not candidate.digest:
+                    return (candidate.tagged,)
+                if candidate.digest and (name := f"{candidate.name}@{candidate.digest}") in image.repo_digests:
+                    return (name,)
+        return image.repo_tags or image.repo_digests
 
     # ---- from documents to an image
 

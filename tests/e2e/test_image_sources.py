@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from cri.api.runtime.v1 import api_pb2 as pb
-from tests.e2e.harness.daemon import Daemon
+from tests.e2e.harness.daemon import Daemon, crito
 from tests.e2e.harness.images import TestImage, busybox_image
 from tests.fakes.registry import FakeRegistry, wants
 
@@ -57,3 +57,35 @@ def test_a_pod_s_namespace_has_credentials_of_its_own_for_one_pull(
     assert [path.name for path in auth.rglob("*")] == ["in-use"]
     with pytest.raises(grpc.RpcError, match="wants credentials for team/app"):
         pull("team-a")
+
+
+def test_images_are_saved_by_a_command_and_run_after_a_load_on_a_node_that_reaches_no_registry(
+    make_daemon: Callable[..., Daemon], busybox: str, tmp_path: Path
+) -> None:
+    daemon = make_daemon()
+    client = daemon.client()
+    image_id = next(each.id for each in client.images.ListImages(pb.ListImagesRequest(), timeout=30).images)
+
+    exact = crito(daemon, "images", "save", busybox, "-o", str(tmp_path / "exact.tar"), "--json")
+    *progress, saved = [json.loads(line) for line in exact.stdout.splitlines()]
+    assert saved["image"] == {"id": image_id, "source_id": image_id, "names": [busybox], "regenerated": ""}
+    assert progress[-1]["progress"]["phase"] == "done"
+
+    daemon.registries_conf.write_text(f'[[registry]]\nlocation = "{busybox.partition("/")[0]}"\nblocked = true\n')
+    anew = crito(daemon, "images", "save", busybox, "-o", str(tmp_path / "anew"), "--format", "docker-archive")
+    first, note = anew.stdout.splitlines()
+    assert first.endswith(f" {busybox}")
+    assert note.startswith("  regenerated: ")
+    assert note.endswith(f"; here its id is {image_id.removeprefix('sha256:')[:12]}")
+    assert crito(daemon, "images", "save", "none.test/x:1", "-o", str(tmp_path / "x")).returncode == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["anew", "exact.tar"]
+
+    for archive in ("exact.tar", "anew"):
+        assert crito(daemon, "images", "remove", busybox, "--json").stdout == f'{{"removed": "{busybox}"}}\n'
+        loaded = crito(daemon, "images", "load", str(tmp_path / archive))
+        assert busybox in loaded.stdout, loaded
+        pod = client.run_pod("air-gapped")
+        assert client.wait_exited(client.run(pod, busybox, ["true"])).exit_code == 0
+        client.remove_pod(pod.id)
+    [image] = client.images.ListImages(pb.ListImagesRequest(), timeout=30).images
+    assert image.id != image_id
