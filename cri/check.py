@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cri.config import CgroupDriver, Config, RuntimeHandler
 from cri.config_reader import EXECUTABLE_DIRS, PAUSE_PROGRAMS, find_executable
+from cri.image_service import additional
 from cri.runtimes import runtime_of
 from oci.cdi import Cdi
 from oci.criu import Criu
@@ -97,6 +98,7 @@ def examine(config: Config) -> Iterator[Finding]:
     yield from _cgroups(cgroups, config.runtime.cgroup_driver)
     yield from _runtimes(config)
     yield from _described(config)
+    yield from _image_stores(config)
     yield from _pause(config)
     yield _criu(config)
     yield from _network(config)
@@ -263,6 +265,12 @@ def _described(config: Config) -> Iterator[Finding]:
         unusable = files.unusable()
         seen = "; ".join(f"{path}: {why}" for path, why in unusable.items())
         yield Finding(name, not unusable, weight, seen or "every file can be used", f"mend or remove it: {meaning}")
+
+
+def _image_stores(config: Config) -> Iterator[Finding]:
+    for store in additional.examine(config.image.additional_image_stores):
+        seen = f"{store.path}: {store.trouble or f'{store.images} images'}"
+        yield Finding("image store", not store.trouble, Weight.SOME, seen, "what it lacks must be pulled")
 
 
 def _pause(config: Config) -> Iterator[Finding]:

@@ -290,6 +290,12 @@ class ImageSection:
         (),
         'Layers of one registry that are fetched at once, and their bytes per second: "HOST layers=2 rate=10MiB".',
     )
+    additional_image_stores: tuple[Path, ...] = setting(
+        kinds.PATHS,
+        (),
+        "Image stores to be used and never changed: the `images` directories of other roots, such as one that is baked"
+        " into the node's image. What is wrong with one is logged, and does not stop the daemon.",
+    )
     bundle_dir: Path | None = setting(
         kinds.OPTIONAL_PATH,
         None,

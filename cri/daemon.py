@@ -335,6 +335,9 @@ class Daemon:
             "defaultRuntimeHandler": self._handlers.default,
             "runtimeHandlers": {handler.name: str(handler.runtime.path) for handler in self._handlers.all()},
             "cniConfDir": str(self._config.network.conf_dir),
+            "additionalImageStores": {
+                str(each.path): each.trouble or f"{each.images} images" for each in self._images.additional_stores
+            },
         }
 
 
@@ -557,6 +560,7 @@ def image_settings(config: Config) -> ImageSettings:
         policy=image.policy,
         auth_file=image.auth_file,
         namespaced_auth_dir=image.namespaced_auth_dir,
+        additional_stores=image.additional_image_stores,
         certs_dir=image.certs_dir,
         pinned_images=image.pinned_images,
         max_parallel_layers=image.max_parallel_layers,

@@ -25,13 +25,14 @@ from cri.node_messages import (
     decoder,
     encode,
 )
-from oci.errors import DeadlineExceeded, Error, NotFound, Unavailable
+from oci.errors import DeadlineExceeded, Error, FailedPrecondition, NotFound, Unavailable
 
 SHORT_TIMEOUT_S = 10.0
 MESSAGE_LIMIT_BYTES = 64 << 20
 
 _KINDS: dict[grpc.StatusCode, type[Error]] = {
     grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
 }

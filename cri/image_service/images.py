@@ -11,7 +11,7 @@ import secrets
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import oci.image
 from cri.image_service import auth, policy
 from cri.image_service import reference as references
+from cri.image_service.additional import AdditionalStores, State, open_stores
 from cri.image_service.auth import AuthFile, Credentials, NamespacedAuth
 from cri.image_service.group_sync import GroupSync
 from cri.image_service.implied import make_implied_layer
@@ -37,7 +38,7 @@ from cri.image_service.snapshots import LayerDirectory, References, directory_na
 from cri.image_service.store import Contents, ImageRecord, LayerRecord, Name, Store
 from cri.image_service.unpack import sync_filesystem
 from cri.image_service.workers import Workers
-from oci.errors import Error, InvalidArgument, NotFound, PermissionDenied, Unavailable
+from oci.errors import Error, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
 from oci.image import ImageConfig
 from oci.linux import proc
 
@@ -57,6 +58,7 @@ class ImageSettings:
     policy: Path | None = None  # None: every image is accepted
     auth_file: Path | None = None
     namespaced_auth_dir: Path | None = None
+    additional_stores: tuple[Path, ...] = ()  # the images directories of other roots
     certs_dir: Path | None = None
     pinned_images: tuple[str, ...] = ()  # exact names, "glob*", "*keyword*"
     max_parallel_layers: int = 4
@@ -77,6 +79,7 @@ class Image:
     pinned: bool = False
     manifest_digest: str = ""
     pulled_at: int = 0  # ns since the epoch
+    store: Path | None = None  # the additional store that alone has it; None: ours
 
     @property
     def uid(self) -> int | None:
@@ -132,9 +135,12 @@ class _Layer:
 class Images:
     """Use `open`."""
 
-    def __init__(self, settings: ImageSettings, store: Store, database: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, settings: ImageSettings, store: Store, additional: AdditionalStores, database: ThreadPoolExecutor
+    ) -> None:
         self._settings = settings
         self._store = store
+        self._additional = additional
         self._database = database
         self._directory = LayerDirectory(settings.root)
         self._registries = RegistriesFiles(settings.registries_conf, settings.registries_conf_dir)
@@ -177,11 +183,17 @@ class Images:
             directory = LayerDirectory(settings.root)
             await loop.run_in_executor(database, directory.prepare)
             store = await loop.run_in_executor(database, Store, settings.root / "images.db")
-            contents = await loop.run_in_executor(database, partial(_recover, store, directory, proc.boot_id()))
+            boot_id = proc.boot_id()
+            additional = await loop.run_in_executor(
+                database, open_stores, settings.additional_stores, settings.root, boot_id
+            )
+            for path, trouble in additional.troubles.items():
+                log.error("additional image store %s: %s", path, trouble)
+            contents = await loop.run_in_executor(database, _recover, store, directory, additional, boot_id)
         except BaseException:
             database.shutdown()
             raise
-        images = cls(settings, store, database)
+        images = cls(settings, store, additional, database)
         images._take(contents)
         if images._namespaced_auth is not None:
             await asyncio.to_thread(images._namespaced_auth.sweep)
@@ -202,6 +214,7 @@ class Images:
         while self._tasks:
             await asyncio.wait(self._tasks)
         await self._db(self._store.close)
+        await self._db(self._additional.close)
         await self._db(self._directory.end)
         self._database.shutdown()
 
@@ -210,7 +223,7 @@ class Images:
     def list(self, reference: str = "") -> tuple[Image, ...]:
         """All images, or the one that `reference` names."""
         if not reference:
-            return tuple(image for image in self._images.values() if self._is_whole(image))
+            return tuple(image for image in self._all() if self._is_whole(image))
         found = self.find(reference)
         return () if found is None else (found,)
 
@@ -221,21 +234,21 @@ class Images:
 
     def _is_whole(self, image: Image) -> bool:
         """Whether all its layers are here: one that was found damaged is not until it has been fetched again."""
-        return all(diff_id in self._layers for diff_id in self._layers_of[image.id])
+        return all(self._layer(diff_id) is not None for diff_id in self._stack(image.id) or ())
 
     def _find(self, reference: str) -> Image | None:
         if references.is_image_id(reference):
-            return self._images.get(f"sha256:{reference.removeprefix('sha256:')}")
-        if reference in self._images:
-            return self._images[reference]
+            return self._known(f"sha256:{reference.removeprefix('sha256:')}")
+        if (known := self._known(reference)) is not None:
+            return known
         try:
             parsed = references.with_default_tag(references.parse(reference))
         except InvalidArgument:
             return self._by_id_prefix(reference)
         for candidate in self._local_meanings(parsed):
-            name = self._names.get(f"{candidate.name}@{candidate.digest}" if candidate.digest else candidate.tagged)
+            name = self._name(f"{candidate.name}@{candidate.digest}" if candidate.digest else candidate.tagged)
             if name is not None:
-                return self._images.get(name.image_id)
+                return self._known(name.image_id)
             if candidate.digest and (found := self._by_manifest(candidate)) is not None:
                 return found
         return self._by_id_prefix(reference)
@@ -249,10 +262,10 @@ class Images:
 
     def layer_paths(self, image_id: str) -> tuple[Path, ...]:
         """The trees to mount, lowest first; also of an image that was removed while a container held it."""
-        layers = self._layers_of.get(image_id)
+        layers = self._stack(image_id)
         if layers is None:
             raise NotFound(f"image {image_id} is not on this node")
-        return tuple(self._directory.path(diff_id) for diff_id in layers)
+        return tuple(self._tree(diff_id) for diff_id in layers)
 
     def pulls(self) -> tuple[Progress, ...]:
         """How far each pull and load under way is."""
@@ -270,10 +283,15 @@ class Images:
 
     async def raw_documents(self, image_id: str) -> tuple[str, str]:
         """Config and manifest as they were pulled; the manifest is "" where the source had none."""
-        record = await self._db(self._store.image, image_id)
+        record = await self._record(image_id)
         if record is None:
             raise NotFound(f"image {image_id} is not on this node")
         return record.config, record.manifest
+
+    @property
+    def additional_stores(self) -> tuple[State, ...]:
+        """What each additional store has to offer, and what is wrong with it."""
+        return self._additional.states
 
     async def fs_usage(self) -> FsUsage:
         used, inodes = total(self._layers.values())
@@ -515,7 +533,7 @@ class Images:
         if not names:
             raise InvalidArgument("no image to save is named")
         progress = Progress(f"save to {path}", "saving", listeners=[on_progress] if on_progress is not None else [])
-        layers = [diff_id for image_id in names for diff_id in self._layers_of[image_id]]
+        layers = [diff_id for image_id in names for diff_id in self._stack(image_id) or ()]
         self._progress[key := object()] = progress
         self._references.claim(layers)
         try:
@@ -558,8 +576,8 @@ class Images:
 
     async def _to_save(self, image_id: str, names: Sequence[str], credentials: Credentials | None) -> dict[str, Any]:
         """What the worker needs to write the image, from its registries or from its layers."""
-        record = await self._db(self._store.image, image_id)
-        if record is None or image_id not in self._images:
+        record, image = await self._record(image_id), self._known(image_id)
+        if record is None or image is None:
             raise NotFound(f"image {image_id} is not on this node any more")
         sources: dict[tuple[str, str], dict[str, Any]] = {}
         for name in self._image_names(image_id) if record.manifest else ():
@@ -579,11 +597,12 @@ class Images:
             "layers": [
                 {
                     "diff_id": diff_id,
-                    "tree": str(self._directory.path(diff_id)),
-                    "implied": self._layers[diff_id].implied,
-                    "size_bytes": self._layers[diff_id].size_bytes,
+                    "tree": str(self._tree(diff_id)),
+                    "implied": layer.implied,
+                    "size_bytes": layer.size_bytes,
                 }
-                for diff_id in self._images[image_id].config.diff_ids
+                for diff_id in image.config.diff_ids
+                if (layer := self._layer(diff_id)) is not None
             ],
         }
 
@@ -609,7 +628,7 @@ class Images:
     ) -> Image:
         """Has all layers here, then records the image and publishes it."""
         by_diff_id = {layer.diff_id: layer for layer in layers}
-        missing = [layer for diff_id, layer in by_diff_id.items() if diff_id not in self._layers]
+        missing = [layer for diff_id, layer in by_diff_id.items() if self._layer(diff_id) is None]
         progress.phase = "fetching"
         progress.layers_total += len(by_diff_id)
         progress.layers_done += len(by_diff_id) - len(missing)
@@ -652,7 +671,7 @@ class Images:
             return self._published(record, config, names)
 
     def _published(self, record: ImageRecord, config: ImageConfig, names: Sequence[Name]) -> Image:
-        moved_from = {self._names[name.name].image_id for name in names if name.name in self._names}
+        moved_from = {known.image_id for name in names if (known := self._name(name.name)) is not None}
         for name in names:
             self._names[name.name] = name
         self._layers_of[record.id] = record.layers
@@ -663,6 +682,11 @@ class Images:
                 self._images[image_id] = self._renamed(self._images[image_id])
         return self._images[record.id]
 
+    def _rename(self, name: Name | None) -> None:
+        """The image that has `name` again is called so."""
+        if name is not None and name.image_id in self._images:
+            self._images[name.image_id] = self._renamed(self._images[name.image_id])
+
     async def _have_layer(self, layer: _Layer, progress: Progress) -> None:
         tried = False
 
@@ -671,9 +695,9 @@ class Images:
             tried = True
             return self._fetch(layer, progress)
 
-        if layer.diff_id in self._suspects and layer.diff_id in self._layers:
+        if self._is_suspect(layer.diff_id):
             await self._check(layer.diff_id)
-        while layer.diff_id not in self._layers:
+        while self._layer(layer.diff_id) is None:
             if (leaving := self._leaving.get(layer.diff_id)) is not None:
                 await asyncio.shield(leaving)
             if (settling := self._settling.get(layer.diff_id)) is not None:
@@ -744,12 +768,13 @@ class Images:
     async def _with_implied(self, image_id: str, diff_ids: tuple[str, ...]) -> tuple[str, ...]:
         """The image's layers; on top a small one of its own where directories need attributes from lower layers."""
         diff_ids = _without_repeats(diff_ids)
-        if len(diff_ids) < 2 or not any(self._layers[diff_id].implied for diff_id in diff_ids[1:]):
+        implied = [layer.implied for diff_id in diff_ids if (layer := self._layer(diff_id)) is not None]
+        if len(diff_ids) < 2 or not any(implied[1:]):
             return diff_ids  # the lowest has nothing below that could know better
         own = f"implied:{image_id.rpartition(':')[2]}"
-        if own in self._layers:
+        if self._layer(own) is not None:
             return (*diff_ids, own)
-        stack = [(self._directory.path(diff_id), self._layers[diff_id].implied) for diff_id in diff_ids]
+        stack = [(self._tree(diff_id), each) for diff_id, each in zip(diff_ids, implied, strict=True)]
         temporary = self._directory.new_temporary(own)
         try:
             inodes = await asyncio.to_thread(make_implied_layer, stack, temporary)
@@ -766,7 +791,7 @@ class Images:
 
     async def pin(self, reference: str, pinned: bool) -> Image:
         """Keeps the image from kubelet's garbage collection, or leaves it to that, whatever the configuration says."""
-        image = self.resolve(reference)
+        image = self._ours(self.resolve(reference))
 
         async def change() -> Image:
             async with self._catalog:
@@ -791,7 +816,7 @@ class Images:
     @property
     def suspects(self) -> int:
         """How many layers an unclean shutdown may have damaged that nobody has verified since."""
-        return len(self._suspects)
+        return len(self._suspects) + len(self._additional.suspects)
 
     async def ensure(self, image_id: str) -> None:
         """Has the image's layers as they were unpacked; call it before they are used.
@@ -799,8 +824,8 @@ class Images:
         Only after an unclean shutdown there is something to do. Raises Unavailable where a layer is damaged and could
         not be fetched again: the image is not listed then until it is pulled.
         """
-        for diff_id in self._layers_of.get(image_id, ()):
-            if diff_id in self._suspects:
+        for diff_id in self._stack(image_id) or ():
+            if self._is_suspect(diff_id):
                 await self._healed(diff_id)
 
     async def verify(self, repair: bool = False) -> AsyncIterator[Damage]:
@@ -808,17 +833,19 @@ class Images:
 
         Without `repair` everything stays as it is.
         """
-        for diff_id in tuple(self._layers):
-            if diff_id not in self._layers or diff_id.startswith("implied:"):
+        for diff_id in dict.fromkeys((*self._layers, *self._additional.layers())):
+            if self._layer(diff_id) is None or diff_id.startswith("implied:"):
                 continue
             names = self._names_with(diff_id)
             damage = await self._damage(diff_id)
             if not damage:
-                if diff_id in self._suspects:
+                if self._is_suspect(diff_id):
                     await self._cleared(diff_id)
                 continue
             outcome = ""
-            if repair and self._is_mounted(diff_id):
+            if repair and diff_id not in self._layers:
+                outcome = f"not repaired: it is in an additional store, {self._tree(diff_id).parents[2]}"
+            elif repair and self._is_mounted(diff_id):
                 outcome = "not repaired: containers run from it"
             elif repair:
                 try:
@@ -831,13 +858,13 @@ class Images:
 
     async def _healed(self, diff_id: str) -> None:
         await self._check(diff_id)
-        if diff_id not in self._layers:
+        if self._layer(diff_id) is None:
             await self._heal(diff_id)
 
     async def _check(self, diff_id: str) -> None:
         """Verifies a suspect; a damaged layer is no longer there, and images with it are not listed."""
         damage = await self._checks.run(diff_id, lambda: self._damage(diff_id))
-        if diff_id not in self._suspects:
+        if not self._is_suspect(diff_id):
             return  # another caller has drawn the conclusion
         if damage:
             await self._finished(self._lose(diff_id, damage))
@@ -847,17 +874,23 @@ class Images:
     async def _damage(self, diff_id: str) -> str:
         if diff_id.startswith("implied:"):
             return ""  # directories alone: that they are there is all there is to verify, and the start did
-        done = await self._workers.call({"verb": "verify", "directory": str(self._directory.layer(diff_id))}, _ignored)
+        done = await self._workers.call({"verb": "verify", "directory": str(self._tree(diff_id).parent)}, _ignored)
         damage: str = done["damage"]
         return damage
 
     async def _cleared(self, diff_id: str) -> None:
+        if diff_id not in self._layers:
+            self._additional.suspects.discard(diff_id)
+            return
         self._suspects.discard(diff_id)
         await self._db(self._store.clear, diff_id)
 
     async def _lose(self, diff_id: str, damage: str) -> None:
         log.error("layer %s is damaged and will be fetched again: %s", diff_id, damage)
         self.totals.damaged_layers += 1
+        if diff_id not in self._layers:
+            self._additional.lose(diff_id)
+            return
         self._suspects.discard(diff_id)
         self._layers.pop(diff_id, None)
         await self._drop_layers([diff_id])
@@ -865,15 +898,17 @@ class Images:
     async def _heal(self, diff_id: str) -> None:
         """Fetches a lost layer for the images that have it; those of which nobody has it any more go."""
         troubles = []
-        for image_id in [each for each, layers in self._layers_of.items() if diff_id in layers]:
+        for image_id in self._images_with(diff_id):
             for name in self._image_names(image_id):
                 try:
                     layer = await self._layer_of(image_id, diff_id, references.parse(name))
                     await self._have_layer(layer, Progress(f"repair of {name}"))
+                    if image_id not in self._layers_of:
+                        self._references.claim([diff_id])  # an additional store's image needs it from now on
                     return
                 except Error as error:
                     troubles.append(str(error))
-        for image_id in [each for each, layers in self._layers_of.items() if diff_id in layers]:
+        for image_id in self._images_with(diff_id):
             if image_id in self._images:
                 await self._finished(self._remove(image_id, keep_layers=True))
         reason = troubles[0] if troubles else "none of its images has a name to fetch it by"
@@ -883,7 +918,7 @@ class Images:
 
     async def _layer_of(self, image_id: str, diff_id: str, name: Reference) -> _Layer:
         """How to fetch one layer of an image that is here, from where `name` points to."""
-        record = await self._db(self._store.image, image_id)
+        record = await self._record(image_id)
         if record is None or not record.manifest:
             raise NotFound(f"image {image_id} has no manifest that tells its layers' digests")
         config = await self._config(record.config, f"image {image_id}")
@@ -895,29 +930,31 @@ class Images:
         )
 
     def _image_names(self, image_id: str) -> tuple[str, ...]:
-        image = self._images.get(image_id)
+        image = self._known(image_id)
         return () if image is None else (*image.repo_digests, *image.repo_tags)
 
     def _names_with(self, diff_id: str) -> tuple[str, ...]:
         """The images that have the layer, by name, else by id."""
-        images = [image_id for image_id, layers in self._layers_of.items() if diff_id in layers]
-        return tuple((*self._image_names(image_id), image_id)[0] for image_id in images)
+        return tuple((*self._image_names(image_id), image_id)[0] for image_id in self._images_with(diff_id))
 
     def _is_mounted(self, diff_id: str) -> bool:
-        return any(
-            diff_id in layers and self._references.is_held(image_id) for image_id, layers in self._layers_of.items()
-        )
+        return any(self._references.is_held(image_id) for image_id in self._images_with(diff_id))
+
+    def _images_with(self, diff_id: str) -> Sequence[str]:
+        known = dict.fromkeys((*self._layers_of, *self._additional.images))
+        return [image_id for image_id in known if diff_id in (self._stack(image_id) or ())]
 
     # ---- removal
 
     async def remove(self, reference: str) -> None:
         """Takes the image away with all its names; what it alone used is freed, at once or with its last container.
 
-        An image that is not there is success (api.proto, RemoveImage).
+        An image that is not there is success (api.proto, RemoveImage). One that an additional store has too goes on
+        being there. Raises FailedPrecondition where only such a store has it.
         """
         image = self._find(reference)
         if image is not None:
-            await self._finished(self._remove(image.id))
+            await self._finished(self._remove(self._ours(image).id))
 
     async def _remove(self, image_id: str, keep_layers: bool = False) -> None:
         async with self._catalog:
@@ -927,6 +964,7 @@ class Images:
             del self._images[image_id]
             for name in [name for name in self._names.values() if name.image_id == image_id]:
                 del self._names[name.name]
+                self._rename(self._name(name.name))
         await self._forget_unheld(image_id, keep_layers)
 
     async def _forget_unheld(self, image_id: str, keep_layers: bool = False) -> None:
@@ -944,7 +982,7 @@ class Images:
 
     def hold(self, image_id: str, holder: str) -> None:
         """`holder` (a container's id) uses the image's layers until `release`, also when the image is removed."""
-        if image_id not in self._layers_of:
+        if self._stack(image_id) is None:
             raise NotFound(f"image {image_id} is not on this node")
         self._references.hold(image_id, holder)
 
@@ -1041,13 +1079,15 @@ class Images:
     def _renamed(self, image: Image) -> Image:
         """`image` with the names that point to it now."""
         names = [name for name in self._names.values() if name.image_id == image.id]
+        shared = [name for name in self._additional.names.values() if name.image_id == image.id]
+        names += [name for name in shared if name.name not in self._names]
         tags = tuple(name.name for name in names if not name.is_digest)
         digests = tuple(name.name for name in names if name.is_digest)
         return replace(
             image,
             repo_tags=tags,
             repo_digests=digests,
-            pinned=self._pins.get(image.id, self._is_pinned((*tags, *digests))),
+            pinned=image.store is not None or self._pins.get(image.id, self._is_pinned((*tags, *digests))),
         )
 
     def _is_pinned(self, names: tuple[str, ...]) -> bool:
@@ -1067,17 +1107,76 @@ class Images:
         prefix = "sha256:" + text.removeprefix("sha256:")
         if len(prefix) < len("sha256:") + _ID_PREFIX_LENGTH:
             return None
-        found = [image for image_id, image in self._images.items() if image_id.startswith(prefix)]
+        found = [image for image in self._all() if image.id.startswith(prefix)]
         return found[0] if len(found) == 1 else None
 
     def _by_manifest(self, wanted: Reference) -> Image | None:
         """The image whose own manifest has the digest, where it was pulled through an index of the same repository."""
-        for image in self._images.values():
+        for image in self._all():
             if image.manifest_digest == wanted.digest:
                 names = (*image.repo_tags, *image.repo_digests)
                 if any(name.startswith((f"{wanted.name}:", f"{wanted.name}@")) for name in names):
                     return image
         return None
+
+    # ---- ours, else an additional store's
+
+    def _all(self) -> Iterator[Image]:
+        yield from self._images.values()
+        for image_id in self._additional.images:
+            if image_id not in self._images:
+                yield self._resolved(image_id)
+
+    def _known(self, image_id: str) -> Image | None:
+        if image_id in self._images:
+            return self._images[image_id]
+        return self._resolved(image_id) if image_id in self._additional.images else None
+
+    def _resolved(self, image_id: str) -> Image:
+        """An additional store's image, with the names that no image of ours has; pinned, so that kubelet leaves it."""
+        found = self._additional.images[image_id]
+        return self._renamed(
+            Image(
+                id=found.id,
+                repo_tags=(),
+                repo_digests=(),
+                size_bytes=found.size_bytes,
+                config=found.config,
+                manifest_digest=found.manifest_digest,
+                pulled_at=found.pulled_at,
+                store=found.store,
+            )
+        )
+
+    def _ours(self, image: Image) -> Image:
+        """`image`, which is to be changed. Raises FailedPrecondition where only an additional store has it."""
+        if image.store is not None:
+            raise FailedPrecondition(f"image {image.id} is in the additional store {image.store}, which is read-only")
+        return image
+
+    def _name(self, name: str) -> Name | None:
+        return self._names.get(name) or self._additional.names.get(name)
+
+    def _stack(self, image_id: str) -> tuple[str, ...] | None:
+        """The image's layers, lowest first."""
+        if image_id in self._layers_of:
+            return self._layers_of[image_id]
+        found = self._additional.images.get(image_id)
+        return None if found is None else found.layers
+
+    def _layer(self, diff_id: str) -> LayerRecord | None:
+        return self._layers.get(diff_id) or self._additional.layer(diff_id)
+
+    def _tree(self, diff_id: str) -> Path:
+        """What is mounted of the layer; where ours would be, if nobody has it."""
+        directory = None if diff_id in self._layers else self._additional.directory(diff_id)
+        return self._directory.path(diff_id) if directory is None else directory / "diff"
+
+    def _is_suspect(self, diff_id: str) -> bool:
+        return diff_id in (self._suspects if diff_id in self._layers else self._additional.suspects)
+
+    async def _record(self, image_id: str) -> ImageRecord | None:
+        return await self._db(self._store.image, image_id) or await self._db(self._additional.record, image_id)
 
     async def _config(self, text: str, subject: str) -> ImageConfig:
         parse = partial(oci.image.from_json, text, f"config of {subject}")
@@ -1097,8 +1196,11 @@ class Images:
         return task
 
 
-def _recover(store: Store, directory: LayerDirectory, boot_id: str) -> Contents:
-    """What is whole: layers with record and directory, images with all their layers. The rest goes."""
+def _recover(store: Store, directory: LayerDirectory, additional: AdditionalStores, boot_id: str) -> Contents:
+    """What is whole: layers with record and directory, images with all their layers. The rest goes.
+
+    An image whose layers may be in an additional store that cannot be used now stays on record, unlisted.
+    """
     if directory.begin(boot_id):
         log.warning("the last daemon ended with the machine: image layers are verified before they are used")
         store.suspect_all()
@@ -1114,7 +1216,9 @@ def _recover(store: Store, directory: LayerDirectory, boot_id: str) -> Contents:
         store.remove_layers(lost)
     images = []
     for image in contents.images:
-        if known.issuperset(image.layers) and _is_readable(image):
+        missing = [diff_id for diff_id in image.layers if diff_id not in known and additional.layer(diff_id) is None]
+        may_return = additional.troubles and not set(missing).intersection(lost)
+        if (not missing or may_return) and _is_readable(image):
             images.append(image)
         else:
             log.error("image %s lacks a layer or has a broken config; it must be pulled again", image.id)

@@ -113,6 +113,7 @@ def _info(image: Image) -> dict[str, Any]:
     """What crictl inspecti shows beyond the CRI's fields: the image configuration, in the OCI's names."""
     config = image.config
     return {
+        **({"additionalStore": str(image.store)} if image.store is not None else {}),
         "imageSpec": {
             "created": config.created,
             "architecture": config.architecture,
@@ -129,5 +130,5 @@ def _info(image: Image) -> dict[str, Any]:
                 "Labels": dict(config.labels),
             },
             "rootfs": {"type": "layers", "diff_ids": config.diff_ids},
-        }
+        },
     }

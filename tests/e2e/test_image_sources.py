@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -89,3 +90,37 @@ def test_images_are_saved_by_a_command_and_run_after_a_load_on_a_node_that_reach
         client.remove_pod(pod.id)
     [image] = client.images.ListImages(pb.ListImagesRequest(), timeout=30).images
     assert image.id != image_id
+
+
+def test_an_image_baked_into_the_node_runs_from_a_read_only_store_and_is_left_alone(
+    make_daemon: Callable[..., Daemon], busybox: str, tmp_path: Path
+) -> None:
+    baker = make_daemon()
+    baker.stop()
+    subprocess.run(["cp", "-a", str(baker.root / "images"), str(tmp_path / "baked")], check=True)
+    nothing = tmp_path / "nothing"
+    daemon = make_daemon({"image": {"additional_image_stores": [str(tmp_path / "baked"), str(nothing)]}})
+    client = daemon.client()
+    # The daemon's first pod has pulled the image: its record is ours then, and goes; its layers were never fetched.
+    assert [path for path in (daemon.root / "images/layers").iterdir() if "implied" not in path.name] == []
+    crito(daemon, "images", "remove", busybox)
+
+    [image] = client.images.ListImages(pb.ListImagesRequest(), timeout=30).images
+    assert (busybox in image.repo_tags, image.pinned) == (True, True)
+    with pytest.raises(grpc.RpcError, match="is in the additional store") as refused:
+        client.images.RemoveImage(pb.RemoveImageRequest(image=pb.ImageSpec(image=busybox)), timeout=30)
+    assert isinstance(refused.value, grpc.Call)
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    pod = client.run_pod("baked")
+    assert client.wait_exited(client.run(pod, busybox, ["touch", "/written"])).exit_code == 0
+    client.remove_pod(pod.id)
+
+    told = json.loads(client.runtime.Status(pb.StatusRequest(verbose=True), timeout=30).info["config"])
+    trouble = f"there is no {nothing}/images.db"
+    assert told["additionalImageStores"] == {str(tmp_path / "baked"): "1 images", str(nothing): trouble}
+    checked = json.loads(crito(daemon, "check", "--json").stdout)
+    seen = {each["seen"]: each["ok"] for each in checked if each["name"] == "image store"}
+    assert seen == {f"{tmp_path / 'baked'}: 1 images": True, f"{nothing}: {trouble}": False}
+    inspected = json.loads(crito(daemon, "images", "inspect", busybox).stdout)
+    assert inspected["additionalStore"] == str(tmp_path / "baked")
+    assert crito(daemon, "wipe").stdout == "removed 0 pods and 0 images\n"
