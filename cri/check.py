@@ -23,7 +23,7 @@ from oci.cdi import Cdi
 from oci.criu import Criu
 from oci.errors import Error
 from oci.hook_files import HookFiles
-from oci.linux import cgroup, lsm, mount, syscalls
+from oci.linux import cgroup, lsm, mount, project_quota, syscalls
 from oci.linux.cgroup import Cgroups, Version
 from oci.linux.node import Node
 from oci.linux.node import detect as detect_node
@@ -95,6 +95,7 @@ def examine(config: Config) -> Iterator[Finding]:
     yield _kernel(os.uname().release)
     yield from _namespaces(Path("/proc/self/ns"), Path("/proc/sys/user/max_user_namespaces"))
     yield _overlay(config.crito.root)
+    yield _accounts(config.crito.root)
     yield from _cgroups(cgroups, config.runtime.cgroup_driver)
     yield from _runtimes(config)
     yield from _described(config)
@@ -173,6 +174,14 @@ def _overlay(root: Path) -> Finding:
         meaning = "containers get their root file systems by it; crito.root must be on a file system that it takes"
         return Finding("overlayfs", False, Weight.REQUIRED, f"cannot be mounted in {existing}: {error}", meaning)
     return Finding("overlayfs", True, Weight.REQUIRED, f"works in {existing}")
+
+
+def _accounts(root: Path) -> Finding:
+    existing = _existing(root)
+    has = project_quota.usage(existing, 0) is not None
+    seen = f"{'accounted for' if has else 'not on the file system'} of {existing}"
+    meaning = "what containers have written is counted by walking it in the background: mount it with prjquota"
+    return Finding("project quotas", has, Weight.ADVICE, seen, meaning)
 
 
 def _existing(path: Path) -> Path:
