@@ -100,15 +100,16 @@ class AdditionalStores:
                 self._layers[layer.diff_id] = _Layer(layer, directory.layer(layer.diff_id))
                 if not is_whole or layer.diff_id in contents.suspects:
                     self.suspects.add(layer.diff_id)
-        images = [each for each in contents.images if not each.removed and known.issuperset(each.layers)]
+        wanted = [each for each in contents.images if not each.removed]
+        images = [made for each in wanted if known.issuperset(each.layers) and (made := _image(path, each))]
         for image in images:
-            self.images.setdefault(image.id, _image(path, image))
+            self.images.setdefault(image.id, image)
         ids = {image.id for image in images}
         for name in contents.names:
             if name.image_id in ids:
                 self.names.setdefault(name.name, name)
-        broken = sum(not each.removed for each in contents.images) - len(images)
-        return State(path, len(images), f"{broken} of its images lack layers" if broken else "")
+        broken = len(wanted) - len(images)
+        return State(path, len(images), f"{broken} of its images lack layers or have a broken config" if broken else "")
 
 
 def open_stores(paths: Iterable[Path], scratch: Path, boot_id: str) -> AdditionalStores:
@@ -123,6 +124,8 @@ def open_stores(paths: Iterable[Path], scratch: Path, boot_id: str) -> Additiona
             state = _open(stores, path, boot_id)
         except Error as error:
             state = State(path, trouble=str(error))
+        except (OSError, ValueError, TypeError) as error:  # a bad sector; rows that none of ours has written
+            state = State(path, trouble=f"cannot be read: {error}")
         states.append(state)
     stores.states = tuple(states)
     return stores
@@ -168,8 +171,12 @@ def _ended_well(path: Path, boot_id: str) -> bool:
         return False
 
 
-def _image(path: Path, record: ImageRecord) -> AdditionalImage:
-    config = oci.image.from_json(record.config, f"config of image {record.id} in {path}")
+def _image(path: Path, record: ImageRecord) -> AdditionalImage | None:
+    """None where its config cannot be read."""
+    try:
+        config = oci.image.from_json(record.config)
+    except Error:
+        return None
     return AdditionalImage(
         path, record.id, config, record.manifest_digest, record.size_bytes, record.layers, record.pulled_at
     )

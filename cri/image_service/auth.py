@@ -5,6 +5,7 @@ import base64
 import binascii
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -20,6 +21,8 @@ from cri.image_service import reference as references
 from cri.image_service.reference import Reference
 from cri.image_service.registries_conf import AUTH_FILES, Endpoint
 from oci.errors import FailedPrecondition, InvalidArgument
+
+log = logging.getLogger(__name__)
 
 _HELPER_TIMEOUT_S = 30
 _HELPER_ENVIRONMENT = ("PATH", "HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
@@ -110,7 +113,12 @@ async def _from_file(file: AuthFile, endpoint: Endpoint) -> Credentials | None:
     entry = _longest(file.content.get("auths", {}), endpoint)
     known = _from_entry(entry, file.path) if isinstance(entry, dict) else None
     store = file.content.get("credsStore")
-    return known if known is not None or not store else await _ask_helper(store, endpoint.host)
+    if known is not None or not store:
+        return known
+    if shutil.which(f"docker-credential-{store}") is None:  # as of a config.json from where there is one
+        log.warning("%s names the store docker-credential-%s, which is not in PATH: it is not asked", file.path, store)
+        return None
+    return await _ask_helper(store, endpoint.host)
 
 
 def _read(path: Path) -> AuthFile:

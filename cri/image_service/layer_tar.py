@@ -11,7 +11,7 @@ import stat
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from cri.image_service.tar import Entry, Kind
+from cri.image_service.tar import BLOCK, Entry, Kind
 from cri.image_service.tar_writer import END, header, padding
 from cri.image_service.unpack import OPAQUE, OPAQUE_XATTR, WHITEOUT, wanted_xattrs
 from oci.errors import Error
@@ -93,8 +93,8 @@ def _range(fd: int, offset: int, length: int, path: bytes, count: Callable[[int]
 
 
 def _segments(fd: int, size: int) -> list[tuple[int, int]]:
-    """Where a sparse file has data."""
-    segments = []
+    """Where a sparse file has data. Segments are of whole blocks, as GNU tar reads them; an empty one tells the end."""
+    segments: list[tuple[int, int]] = []
     at = 0
     while at < size:
         try:
@@ -103,8 +103,13 @@ def _segments(fd: int, size: int) -> list[tuple[int, int]]:
             if error.errno == errno.ENXIO:  # nothing but a hole is left
                 break
             raise
-        at = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        at = min(-(-os.lseek(fd, start, os.SEEK_HOLE) // BLOCK) * BLOCK, size)
+        start -= start % BLOCK
+        if segments and sum(segments[-1]) == start:
+            start = segments.pop()[0]
         segments.append((start, at - start))
+    if not segments or sum(segments[-1]) < size:
+        segments.append((size, 0))
     return segments
 
 

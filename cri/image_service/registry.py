@@ -20,6 +20,7 @@ from urllib.request import getproxies_environment, proxy_bypass_environment  # t
 import urllib3
 from urllib3.exceptions import (
     HTTPError,
+    InsecureRequestWarning,
     LocationParseError,
     NewConnectionError,
     ProtocolError,
@@ -31,6 +32,8 @@ from urllib3.response import BaseHTTPResponse
 from cri.image_service.manifest import DOCUMENT_LIMIT_BYTES, MANIFEST_TYPES, check_digest
 from oci.errors import Error, NotFound, PermissionDenied, Unavailable
 from oci.version import VERSION
+
+urllib3.disable_warnings(InsecureRequestWarning)  # of a registry that registries.conf says may be insecure
 
 _CHUNK_BYTES = 1 << 18
 _REDIRECT_LIMIT = 5

@@ -228,13 +228,16 @@ def test_what_is_wrong_with_a_store_is_told_and_the_others_are_used(
     tmp_path: Path, registry: FakeRegistry, baked: Path
 ) -> None:
     broken = {}
-    for name in ("garbage", "older", "newer", "empty", "nobody", "lossy"):
+    for name in ("garbage", "older", "newer", "empty", "nobody", "lossy", "config", "rows"):
         broken[name] = tmp_path / name / "images"
         subprocess.run(["cp", "-a", str(tmp_path / "baked"), str(tmp_path / name)], check=True)
     (broken["garbage"] / "images.db").write_text("no database" * 100)
     for name, version in (("older", 1), ("newer", 99)):
         with closing(sqlite3.connect(broken[name] / "images.db")) as database, database:
             database.execute(f"PRAGMA user_version={version}")
+    for name, change in (("config", "images SET config = 'x'"), ("rows", "layers SET implied = 'x'")):
+        with closing(sqlite3.connect(broken[name] / "images.db")) as database, database:
+            database.execute(f"UPDATE {change}")
     (broken["empty"] / "images.db").write_bytes(b"")
     (broken["nobody"] / "images.db").unlink()
     subprocess.run(["rm", "-r", *map(str, broken["lossy"].glob("layers/*"))], check=True)
@@ -248,7 +251,9 @@ def test_what_is_wrong_with_a_store_is_told_and_the_others_are_used(
         assert "has the schema 99; this version reads 2" in troubles["newer/images"]
         assert "has the schema 0" in troubles["empty/images"]
         assert troubles["nobody/images"] == f"there is no {broken['nobody']}/images.db"
-        assert troubles["lossy/images"] == "1 of its images lack layers"
+        assert troubles["lossy/images"] == "1 of its images lack layers or have a broken config"
+        assert troubles["config/images"] == troubles["lossy/images"]
+        assert troubles["rows/images"].startswith("cannot be read: Expecting value")
         assert troubles["baked"].endswith(f"; is {baked} meant?")
         assert troubles["baked/images"] == ""
 

@@ -222,6 +222,16 @@ def test_the_store_of_all_secrets_is_asked_where_the_file_itself_has_none(
         pull(where)
 
 
+def test_a_store_that_this_node_does_not_have_is_not_asked(
+    tmp_path: Path, registry: FakeRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    auth_file = tmp_path / "auth.json"
+    auth_file.write_text('{"auths": {}, "credsStore": "desktop"}')
+
+    assert pull(settings(tmp_path, registry, auth_file=auth_file)).id == APP.id
+    assert "names the store docker-credential-desktop, which is not in PATH" in caplog.text
+
+
 def test_credential_helpers_of_registries_conf_are_asked_in_their_order(
     tmp_path: Path, registry: FakeRegistry, helper: Path
 ) -> None:

@@ -25,15 +25,15 @@ ENTRIES = [
     Entry(b"c", Kind.CHARACTER, 0o620, 0, 5, 0, 0, 0, major=5, minor=255),
     Entry(b"b", Kind.BLOCK_DEVICE, 0o660, 0, 6, 0, 0, 0, major=259, minor=70000),
     Entry(b"p", Kind.FIFO, 0o600, 0, 0, 0, 0, 0),
-    Entry(b"d/sparse", Kind.FILE, 0o644, 0, 0, 0, 4, 1 << 20, segments=[(4096, 2), (8192, 2)]),
-    Entry(b"d/hole", Kind.FILE, 0o644, 0, 0, 0, 0, 1 << 20, segments=[]),
+    Entry(b"d/sparse", Kind.FILE, 0o644, 0, 0, 0, 514, 1 << 20, segments=[(4096, 512), (8192, 2), (1 << 20, 0)]),
+    Entry(b"d/hole", Kind.FILE, 0o644, 0, 0, 0, 0, 1 << 20, segments=[(1 << 20, 0)]),
 ]
 
 
 def written(entries: list[Entry]) -> bytes:
     parts = []
     for each in entries:
-        data = b"data"[: each.stored_bytes]
+        data = (b"data" * 200)[: each.stored_bytes]
         parts += [header(each), data, padding(len(data))]
     return b"".join(parts) + END
 
@@ -59,7 +59,7 @@ def test_gnu_tar_unpacks_what_was_written(tmp_path: Path) -> None:
     assert (tmp_path / "d/times").stat().st_mtime_ns == 1234567890123456789
     assert (tmp_path / LONG.decode()).samefile(tmp_path / "h")
     sparse = (tmp_path / "d/sparse").read_bytes()
-    assert (len(sparse), sparse[4096:4098], sparse[8192:8194]) == (1 << 20, b"da", b"ta")
+    assert (len(sparse), sparse[4096:4608], sparse[8192:8195]) == (1 << 20, b"data" * 128, b"da\0")
     assert (tmp_path / "d/hole").stat().st_size == 1 << 20
     assert (tmp_path / "d/hole").stat().st_blocks == 0
 
