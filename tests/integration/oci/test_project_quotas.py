@@ -2,8 +2,6 @@
 
 import asyncio
 import os
-import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from oci.container_spec import ContainerId
-from oci.linux import mount, project_quota, tree
+from oci.linux import project_quota, tree
 from oci.rootfs import Rootfs
 from oci.writable_layers import WritableLayers
+from tests.fakes.disks import MAKE, accounted_disk
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -22,32 +21,16 @@ MIB = 1 << 20
 SLACK = 64 << 10  # the overlay's work directory, and blocks for directories
 ONE, TWO, SAME = (ContainerId(each * 32) for each in ("1a", "2b", "1a"))
 LIKE_ONE = ContainerId("1a" * 4 + "ff" * 28)
-MAKE = {"xfs": ["mkfs.xfs", "-q"], "ext4": ["mkfs.ext4", "-q", "-O", "project,quota", "-E", "quotatype=prjquota"]}
 
 
 @pytest.fixture(params=MAKE)
 def disk(request: pytest.FixtureRequest) -> Iterator[Path]:
     """A file system of its own that keeps account of projects."""
-    command = MAKE[request.param]
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"{command[0]} is not installed")
     with tempfile.TemporaryDirectory(prefix="crito-") as name:
-        image, at = Path(name, "image"), Path(name, "disk")
+        at = Path(name, "disk")
         at.mkdir()
-        with image.open("wb") as file:
-            file.truncate(512 * MIB)
-        subprocess.run([*command, str(image)], check=True)
-        mounted = subprocess.run(
-            ["mount", "-o", "loop,prjquota", str(image), str(at)], capture_output=True, check=False
-        )
-        if mounted.returncode:
-            pytest.skip(f"this kernel mounts no {request.param} with project quotas")
-        try:
-            if project_quota.usage(at, 0) is None:
-                pytest.skip(f"this kernel keeps no account of projects on {request.param}")
+        with accounted_disk(request.param, Path(name, "image"), at):
             yield at
-        finally:
-            mount.unmount_below(at)
 
 
 def prepared(disk: Path) -> Rootfs:
