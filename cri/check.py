@@ -17,13 +17,13 @@ from pathlib import Path
 
 from cri.config import CgroupDriver, Config, RuntimeHandler
 from cri.config_reader import EXECUTABLE_DIRS, PAUSE_PROGRAMS, find_executable
-from cri.image_service import policy
+from cri.image_service import additional, policy
 from cri.runtimes import runtime_of
 from oci.cdi import Cdi
 from oci.criu import Criu
 from oci.errors import Error
 from oci.hook_files import HookFiles
-from oci.linux import cgroup, lsm, mount, syscalls
+from oci.linux import cgroup, lsm, mount, project_quota, syscalls
 from oci.linux.cgroup import Cgroups, Version
 from oci.linux.node import Node
 from oci.linux.node import detect as detect_node
@@ -95,10 +95,12 @@ def examine(config: Config) -> Iterator[Finding]:
     yield _kernel(os.uname().release)
     yield from _namespaces(Path("/proc/self/ns"), Path("/proc/sys/user/max_user_namespaces"))
     yield _overlay(config.crito.root)
+    yield _accounts(config.crito.root)
     yield from _cgroups(cgroups, config.runtime.cgroup_driver)
     yield from _runtimes(config)
     yield from _described(config)
     yield from _policies(config)
+    yield from _image_stores(config)
     yield from _pause(config)
     yield _criu(config)
     yield from _network(config)
@@ -173,6 +175,14 @@ def _overlay(root: Path) -> Finding:
         meaning = "containers get their root file systems by it; crito.root must be on a file system that it takes"
         return Finding("overlayfs", False, Weight.REQUIRED, f"cannot be mounted in {existing}: {error}", meaning)
     return Finding("overlayfs", True, Weight.REQUIRED, f"works in {existing}")
+
+
+def _accounts(root: Path) -> Finding:
+    existing = _existing(root)
+    has = project_quota.usage(existing, 0) is not None
+    seen = f"{'accounted for' if has else 'not on the file system'} of {existing}"
+    meaning = "what containers have written is counted by walking it in the background: mount it with prjquota"
+    return Finding("project quotas", has, Weight.ADVICE, seen, meaning)
 
 
 def _existing(path: Path) -> Path:
@@ -292,6 +302,12 @@ def _policies(config: Config) -> Iterator[Finding]:
             str(program or "not found"),
             "a policy demands OpenPGP signatures: images are refused until it is installed",
         )
+
+
+def _image_stores(config: Config) -> Iterator[Finding]:
+    for store in additional.examine(config.image.additional_image_stores):
+        seen = f"{store.path}: {store.trouble or f'{store.images} images'}"
+        yield Finding("image store", not store.trouble, Weight.SOME, seen, "what it lacks must be pulled")
 
 
 def _pause(config: Config) -> Iterator[Finding]:

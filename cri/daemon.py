@@ -336,6 +336,9 @@ class Daemon:
             "defaultRuntimeHandler": self._handlers.default,
             "runtimeHandlers": {handler.name: str(handler.runtime.path) for handler in self._handlers.all()},
             "cniConfDir": str(self._config.network.conf_dir),
+            "additionalImageStores": {
+                str(each.path): each.trouble or f"{each.images} images" for each in self._images.additional_stores
+            },
         }
 
 
@@ -560,6 +563,8 @@ def image_settings(config: Config) -> ImageSettings:
         policy_dir=image.policy_dir,
         registries_d=image.registries_d,
         auth_file=image.auth_file,
+        namespaced_auth_dir=image.namespaced_auth_dir,
+        additional_stores=image.additional_image_stores,
         certs_dir=image.certs_dir,
         pinned_images=image.pinned_images,
         decryption_keys_path=image.decryption_keys_path,

@@ -127,6 +127,7 @@ def _info(image: Image) -> dict[str, Any]:
         return {"artifact": {"type": image.artifact.type, "files": files}}
     config = image.config
     return {
+        **({"additionalStore": str(image.store)} if image.store is not None else {}),
         "imageSpec": {
             "created": config.created,
             "architecture": config.architecture,
@@ -143,5 +144,5 @@ def _info(image: Image) -> dict[str, Any]:
                 "Labels": dict(config.labels),
             },
             "rootfs": {"type": "layers", "diff_ids": config.diff_ids},
-        }
+        },
     }

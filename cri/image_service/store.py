@@ -1,16 +1,22 @@
 """images.db: which images, names and layers there are. SQLite with synchronous=FULL, one transaction per change.
 
 Synchronous; `Images` calls it from one thread. A layer's record is written after its data is on the disk, so a record
-may be believed.
+may be believed. Databases of other stores are read only (see additional.py).
 """
 
 import json
 import logging
+import shutil
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import quote
+
+from oci.errors import FailedPrecondition
 
 log = logging.getLogger(__name__)
 
@@ -95,19 +101,11 @@ class Contents:
     pins: Mapping[str, bool] = field(default_factory=dict)  # by image id, over what the configuration says
 
 
-class Store:
-    def __init__(self, path: Path) -> None:
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._db.execute("PRAGMA foreign_keys=ON")
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version < _SCHEMA_VERSION:
-            missing = "".join((_SCHEMA, _SINCE_1, _SINCE_2)[version:])
-            self._db.executescript(f"BEGIN; {missing} PRAGMA user_version={_SCHEMA_VERSION}; COMMIT;")
+class Reader:
+    """What is on record, by a connection to a database of our schema."""
 
-    def close(self) -> None:
-        self._db.close()
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
 
     def load(self) -> Contents:
         layers = [
@@ -125,6 +123,33 @@ class Store:
         pins = {image: bool(pinned) for image, pinned in self._db.execute("SELECT image, pinned FROM pins")}
         return Contents(tuple(layers), tuple(images), tuple(names), suspects, pins)
 
+    def image(self, image_id: str) -> ImageRecord | None:
+        row = self._db.execute(f"{_SELECT_IMAGES} WHERE id = ?", (image_id,)).fetchone()
+        return None if row is None else _image_record(row)
+
+    def origins(self, image_id: str) -> tuple[Origin, ...]:
+        """All ways by which the image came, the first one first; none of one that an earlier version took in."""
+        rows = self._db.execute(
+            "SELECT transport, name, manifest_digest, signatures FROM origins WHERE image = ? ORDER BY rowid",
+            (image_id,),
+        )
+        return tuple(Origin(*row) for row in rows)
+
+
+class Store(Reader):
+    def __init__(self, path: Path) -> None:
+        super().__init__(sqlite3.connect(path, isolation_level=None, check_same_thread=False))
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute("PRAGMA foreign_keys=ON")
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version < _SCHEMA_VERSION:
+            missing = "".join((_SCHEMA, _SINCE_1, _SINCE_2)[version:])
+            self._db.executescript(f"BEGIN; {missing} PRAGMA user_version={_SCHEMA_VERSION}; COMMIT;")
+
+    def close(self) -> None:
+        self._db.close()
+
     def suspect_all(self) -> None:
         """Every layer there is now is to be verified before it is used."""
         self._db.execute("INSERT OR IGNORE INTO suspects SELECT diff_id FROM layers")
@@ -135,10 +160,6 @@ class Store:
 
     def pin(self, image_id: str, pinned: bool) -> None:
         self._db.execute("INSERT OR REPLACE INTO pins VALUES (?, ?)", (image_id, pinned))
-
-    def image(self, image_id: str) -> ImageRecord | None:
-        row = self._db.execute(f"{_SELECT_IMAGES} WHERE id = ?", (image_id,)).fetchone()
-        return None if row is None else _image_record(row)
 
     def add_layer(self, layer: LayerRecord) -> None:
         with self._db:
@@ -187,14 +208,6 @@ class Store:
             if origin is not None:
                 self._put_origin(image.id, origin)
 
-    def origins(self, image_id: str) -> tuple[Origin, ...]:
-        """All ways by which the image came, the first one first; none of one that an earlier version took in."""
-        rows = self._db.execute(
-            "SELECT transport, name, manifest_digest, signatures FROM origins WHERE image = ? ORDER BY rowid",
-            (image_id,),
-        )
-        return tuple(Origin(*row) for row in rows)
-
     def put_origin(self, image_id: str, origin: Origin) -> None:
         """What was found out of an image that is here; nothing where it is gone meanwhile."""
         with self._db:
@@ -222,6 +235,32 @@ class Store:
             self._db.execute("BEGIN")
             self._db.execute("DELETE FROM images WHERE id = ?", (image_id,))
             self._db.execute("DELETE FROM pins WHERE image = ?", (image_id,))
+
+
+@contextmanager
+def opened_read_only(path: Path, scratch: Path) -> Iterator[Reader]:
+    """The database of a store that is not ours and that nobody writes to now. Nothing is written beside it.
+
+    Transactions that a daemon which was killed has left in the write-ahead log count: they are read from a copy, which
+    is made below `scratch`. Raises FailedPrecondition for what is no such database, or has another schema.
+    """
+    log_file = path.with_name(f"{path.name}-wal")
+    with ExitStack() as stack:
+        try:
+            if log_file.exists() and log_file.stat().st_size:
+                copy = Path(stack.enter_context(TemporaryDirectory(prefix="images-", dir=scratch)))
+                for each in (path, log_file):
+                    shutil.copyfile(each, copy / each.name)
+                uri = f"file:{quote(str(copy / path.name))}"
+            else:
+                uri = f"file:{quote(str(path))}?mode=ro&immutable=1"
+            db = stack.enter_context(closing(sqlite3.connect(uri, uri=True, isolation_level=None)))
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version != _SCHEMA_VERSION:
+                raise FailedPrecondition(f"{path} has the schema {version}; this version reads {_SCHEMA_VERSION}")
+            yield Reader(db)
+        except (OSError, sqlite3.Error) as error:
+            raise FailedPrecondition(f"cannot read {path}: {error}") from error
 
 
 def _image_record(row: tuple[Any, ...]) -> ImageRecord:

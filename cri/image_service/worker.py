@@ -4,6 +4,7 @@ A program of its own: one JSON request a line on stdin, answered by lines on std
 one {"done": …} or {"error": …}. It ends with stdin, also amid work: what is unfinished has a temporary name.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cri.image_service.decompress import ahead, decompressed
+from cri.image_service.digest import Digest
 from cri.image_service.file_layer import write_file
 from cri.image_service.layer_files import find_damage
 from cri.image_service.local_archive import Extent, read
@@ -34,10 +36,12 @@ from cri.image_service.manifest import (
 )
 from cri.image_service.pace import Pace
 from cri.image_service.refusal import is_refusal, refusal
+from cri.image_service.save import Layer, Wanted, Written, save
+from cri.image_service.save import remove as remove_unfinished
 from cri.image_service.snapshots import unpacked_path
 from cri.image_service.tar import Stream
 from cri.image_service.unpack import Unpacked, remove_tree, sync_filesystem, unpack
-from oci.errors import Error, NotFound, PermissionDenied
+from oci.errors import Error, NotFound, PermissionDenied, Unavailable
 
 if TYPE_CHECKING:
     from cri.image_service.decryption import Decryption
@@ -54,6 +58,7 @@ class Progress:
         self.fetched = 0
         self.unpacked = 0
         self.measure: Callable[[], int] = lambda: 0  # what else moves while work goes on
+        self.written = Written()  # by a save
         self._say = say
         self._over = threading.Event()
         threading.Thread(target=self._report, daemon=True).start()
@@ -78,12 +83,13 @@ class Progress:
             yield chunk
 
     def _report(self) -> None:
-        said = (0, 0, 0)
+        said: tuple[object, ...] = ()
         while not self._over.wait(_TICK_S):
-            now = (self.fetched, self.unpacked, self.measure())
+            told = {"fetched": self.fetched, "unpacked": self.unpacked, **asdict(self.written)}
+            now = (*told.values(), self.measure())
             if now != said:
                 said = now
-                self._say({"progress": {"fetched": now[0], "unpacked": now[1]}})
+                self._say({"progress": told})
 
 
 def resolve(request: Request, progress: Progress) -> dict[str, Any]:
@@ -244,10 +250,12 @@ def _unpacked(request: Request, chunks: Iterable[bytes], progress: Progress) -> 
     directory = Path(request["directory"])
     remove_tree(directory)
     directory.mkdir(mode=0o700)
-    compressed, plain = _Hash(request["digest"]), _Hash(request["diff_id"])
-    fetched = ahead(compressed.of(progress.counting_fetched(chunks)))
+    compressed, plain = Digest(request["digest"]), Digest(request["diff_id"])
+    counted = progress.counting_fetched(chunks)
+    fetched = ahead(compressed.of(counted) if request["digest"] else counted)
     clear = fetched if decryption is None else decryption.of(fetched)
-    expanded = ahead(plain.of(clear if request["file"] else decompressed(clear)))
+    content = clear if request["file"] else decompressed(clear)
+    expanded = ahead(plain.of(content) if request["diff_id"] else content)
     try:
         made: Unpacked | None = _made(request, progress.counting_unpacked(expanded), directory)
         trouble = None
@@ -307,27 +315,6 @@ def _drain(*iterators: Iterator[bytes]) -> None:
             pass  # the first error is the one that counts
 
 
-class _Hash:
-    def __init__(self, expected: str) -> None:
-        self._expected = expected
-        self._hash = hashlib.new(expected.partition(":")[0]) if expected else None
-        self.is_whole = False
-
-    def of(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        for chunk in chunks:
-            if self._hash is not None:
-                self._hash.update(chunk)
-            yield chunk
-        self.is_whole = True
-
-    def check(self, subject: str) -> None:
-        if self._hash is None:
-            return
-        found = f"{self._expected.partition(':')[0]}:{self._hash.hexdigest()}"
-        if found != self._expected:
-            raise Error(f"{subject} has the digest {found}, expected {self._expected}")
-
-
 def inspect(request: Request, progress: Progress) -> dict[str, Any]:
     """What images a local archive or layout holds."""
     scratch = Path(request["scratch"])
@@ -365,6 +352,58 @@ def _transport(path: Path, *, has_manifests: bool) -> str:
     return "oci" if path.is_dir() else "oci-archive"
 
 
+def save_images(request: Request, progress: Progress) -> dict[str, Any]:
+    """Writes images to a file or directory, each as an exact copy where its blobs can be fetched again."""
+    temporary = Path(request["temporary"])
+    progress.measure = _unwritten_bytes  # at the end it is synced
+    images = [
+        Wanted(
+            **{key: image[key] for key in ("id", "config", "manifest", "media_type")},
+            names=tuple(image["names"]),
+            layers=tuple(Layer(**{**layer, "tree": Path(layer["tree"])}) for layer in image["layers"]),
+        )
+        for image in request["images"]
+    ]
+    with contextlib.ExitStack() as stack:
+        blobs = {
+            image["id"]: _Fetching(image["sources"], request, stack).blob
+            for image in request["images"]
+            if image["sources"]
+        }
+        _unfinished.append(temporary)
+        try:
+            saved = save(images, Path(request["path"]), temporary, request["format"], blobs, progress.written)
+        finally:
+            _unfinished.remove(temporary)
+    return {"images": [asdict(image) for image in saved], **asdict(progress.written)}
+
+
+class _Fetching:
+    """Blobs of one image from the first of its sources that has them; one that does not answer is not asked again."""
+
+    def __init__(self, sources: list[dict[str, Any]], request: Request, stack: contextlib.ExitStack) -> None:
+        session = _session(request)
+        self._registries = [(source["host"], _registry(source, session, request)) for source in sources]
+        for _, registry in self._registries:
+            stack.callback(registry.close)
+
+    def blob(self, wanted: Descriptor) -> Iterator[bytes]:
+        failed = []
+        for host, registry in tuple(self._registries):
+            chunks = registry.blob(wanted.digest, wanted.size_bytes)
+            try:
+                first = next(chunks, b"")
+            except Error as error:
+                failed.append(str(error))
+                if isinstance(error, Unavailable):
+                    self._registries.remove((host, registry))
+                continue
+            yield first
+            yield from chunks
+            return
+        raise NotFound("; ".join(failed) or "no registry answers")
+
+
 def remove(request: Request, progress: Progress) -> dict[str, Any]:
     for path in request["paths"]:
         remove_tree(Path(path))
@@ -380,7 +419,9 @@ _VERBS = {
     "verify_signatures": verify_signatures,
     "newer_signatures": newer_signatures,
     "remove": remove,
+    "save": save_images,
 }
+_unfinished: list[Path] = []  # what is being saved outside of the store: nobody would sweep it
 
 
 def _session(request: Request) -> "Session":
@@ -428,6 +469,9 @@ def main() -> None:
 def _read_requests(requests: "queue.Queue[Request]") -> None:
     for line in sys.stdin:
         requests.put(json.loads(line))
+    for path in _unfinished:
+        with contextlib.suppress(OSError):
+            remove_unfinished(path)
     os._exit(0)  # the daemon is gone, or done with us
 
 

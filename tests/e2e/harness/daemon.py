@@ -178,6 +178,12 @@ class Daemon:
         return tables
 
 
+def crito(daemon: Daemon, *words: str) -> "subprocess.CompletedProcess[str]":
+    """What the command says about this daemon."""
+    command = [str(CRITO), *words, "--config", str(daemon.directory / "crito.toml")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
 def _is_server(process: leftovers.Process) -> bool:
     return process.name in FORK_SERVER or "cri/streaming/__main__.py" in process.command
 
