@@ -24,7 +24,8 @@ from tests.e2e.harness import cgroups, leftovers
 from tests.e2e.harness.cluster import Cluster, Kubectl, missing, running_cluster
 from tests.e2e.harness.daemon import Daemon
 from tests.e2e.harness.kubelet import Kubelet, running_kubelet, text_of_log
-from tests.e2e.harness.ports import free_port, wait_until
+from tests.e2e.harness.ports import wait_until
+from tests.e2e.harness.sessions import forwarded, read_until
 
 MakeDaemon = Callable[..., Daemon]
 
@@ -121,20 +122,6 @@ def pod(node: Node, busybox: str) -> str:
     except RuntimeError as error:
         raise AssertionError(f"{error}\nkubelet:\n{text_of_log(node.kubelet)}") from None
     return "tools"
-
-
-def read_until(fd: int, expected: bytes, timeout_s: float = 30) -> bytes:
-    """What comes up to `expected`, and what came with it."""
-    read = b""
-    deadline = time.monotonic() + timeout_s
-    while expected not in read:
-        ready, _, _ = select.select([fd], [], [], max(0, deadline - time.monotonic()))
-        if not ready:
-            raise TimeoutError(f"no {expected!r} within {timeout_s} s, but {read[-2000:]!r}")
-        if not (data := os.read(fd, 1 << 16)):
-            raise EOFError(f"ended before {expected!r}, with {read[-2000:]!r}")
-        read += data
-    return read
 
 
 def talks(session: subprocess.Popen[bytes], text: bytes, answer: bytes = b"") -> None:
@@ -279,17 +266,6 @@ def rotated(node: Node, pod: str) -> int:
 
 
 # port-forward
-
-
-@contextlib.contextmanager
-def forwarded(kubectl: Kubectl, pod: str, *ports: int) -> Iterator[list[int]]:
-    """The local ports, which lead to `ports` of the pod."""
-    local = [free_port() for _ in ports]
-    pairs = [f"{here}:{there}" for here, there in zip(local, ports, strict=True)]
-    with kubectl.session("port-forward", f"pod/{pod}", *pairs) as session:
-        assert session.stdout is not None
-        read_until(session.stdout.fileno(), f"Forwarding from 127.0.0.1:{local[-1]}".encode())
-        yield local
 
 
 def page(port: int) -> bytes:
