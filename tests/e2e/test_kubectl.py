@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import struct
 import subprocess
 import termios
@@ -34,7 +35,10 @@ COMMANDS = ("apply", "attach", "cp", "debug", "delete", "exec", "get", "logs", "
 BIG_BYTES = 100 * 1000 * 1000
 ROTATE_AT_BYTES = 64 << 10
 
-SERVE = "mkdir /www; echo served > /www/index.html; exec httpd -f -p 8080 -h /www"
+ECHO_PORT = 8081
+CONNECTIONS = 20
+
+SERVE = f"nc -ll -p {ECHO_PORT} -e cat & mkdir /www; echo served > /www/index.html; exec httpd -f -p 8080 -h /www"
 REPEAT = "while read line; do echo heard $line; done"
 
 
@@ -105,7 +109,7 @@ def container(name: str, image: str, script: str, **fields: Any) -> dict[str, An
 
 @pytest.fixture(scope="module")
 def pod(node: Node, busybox: str) -> str:
-    """Its container `main` serves HTTP and is probed, `repeats` answers what it reads."""
+    """`main` serves HTTP, echoes and is probed, `repeats` answers what it reads, `echoes` returns it."""
     data = {"name": "data", "mountPath": "/data"}
     main = container(
         "main",
@@ -116,7 +120,8 @@ def pod(node: Node, busybox: str) -> str:
         livenessProbe={"exec": {"command": ["test", "-e", "/www/index.html"]}, "periodSeconds": 1},
     )
     repeats = container("repeats", busybox, REPEAT, stdin=True)
-    node.kubectl.apply(manifest("tools", main, repeats, volumes=[{"name": "data", "emptyDir": {}}]))
+    echoes = container("echoes", busybox, "exec cat", stdin=True)
+    node.kubectl.apply(manifest("tools", main, repeats, echoes, volumes=[{"name": "data", "emptyDir": {}}]))
     try:
         node.kubectl.wait_ready("tools")
     except RuntimeError as error:
@@ -232,6 +237,27 @@ def test_attach_reads_and_writes_the_container_s_own_stdio(kubectl: Kubectl, pod
     wait_until(lambda: "heard through attach" in kubectl("logs", pod, "-c", "repeats"), "it is in the log too")
 
 
+def test_attach_carries_100_mb_in_and_out_intact(kubectl: Kubectl, pod: str, big_file: Path) -> None:
+    with kubectl.session("attach", "-i", pod, "-c", "echoes") as session:
+        assert session.stdin is not None and session.stdout is not None
+
+        returned = sha256_of_echo(session.stdin.fileno(), session.stdout.fileno(), big_file)
+
+    assert returned == sha256(big_file)
+
+
+def sha256_of_echo(to_fd: int, from_fd: int, sent: Path) -> str:
+    """Of as many bytes as are sent, both ways at the same time. Less may come back, and no more is waited for."""
+    left = sent.stat().st_size
+    digest = hashlib.sha256()
+    with subprocess.Popen(["cat", sent], stdin=subprocess.DEVNULL, stdout=to_fd) as sender:
+        while left and select.select([from_fd], [], [], 60)[0] and (data := os.read(from_fd, min(left, 1 << 20))):
+            digest.update(data)
+            left -= len(data)
+        sender.kill()
+    return digest.hexdigest()
+
+
 # logs
 
 
@@ -277,6 +303,36 @@ def page(port: int) -> bytes:
 def test_port_forward_serves_http_connection_after_connection(kubectl: Kubectl, pod: str) -> None:
     with forwarded(kubectl, pod, 8080) as (port,):
         assert [page(port) for _ in range(5)] == [b"served\n"] * 5
+
+
+def test_port_forward_carries_100_mb_in_and_out_intact(kubectl: Kubectl, pod: str, big_file: Path) -> None:
+    with (
+        forwarded(kubectl, pod, ECHO_PORT) as (port,),
+        socket.create_connection(("127.0.0.1", port)) as connection,
+    ):
+        returned = sha256_of_echo(connection.fileno(), connection.fileno(), big_file)
+
+    assert returned == sha256(big_file)
+
+
+def test_a_reset_of_one_forwarded_connection_leaves_many_others_alone(kubectl: Kubectl, pod: str) -> None:
+    with forwarded(kubectl, pod, ECHO_PORT) as (port,), contextlib.ExitStack() as stack:
+
+        def connect() -> socket.socket:
+            return stack.enter_context(socket.create_connection(("127.0.0.1", port), 20))
+
+        def answers(connection: socket.socket, text: bytes) -> bool:
+            connection.sendall(text)
+            return read_until(connection.fileno(), text) == text
+
+        victim, *others = [connect() for _ in range(CONNECTIONS)]
+        assert all(answers(each, b"first of %d" % number) for number, each in enumerate([victim, *others]))
+
+        victim.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        victim.close()
+
+        assert all(answers(each, b"second of %d" % number) for number, each in enumerate(others))
+        assert answers(connect(), b"a new one")
 
 
 # Copies
