@@ -111,15 +111,12 @@ class Pod:
         (self.folder / "words").write_text(f"{word}\n")
 
     def containers(self, image: str) -> Iterator[dict[str, Any]]:
-        count = self.size_bytes // MEGABYTE
-        take = (
-            f"dd bs={MEGABYTE} count={count} iflag=fullblock of=/data/draft; mv /data/draft /data/target; echo received"
-        )
+        serve = f"nc -ll -p {GIVES_PORT} -e cat /data/random & exec nc -ll -p {TAKES_PORT} -e sh -c"
         scripts = {
             "main": "exec sleep 100000",
-            "takes": f"while :; do {take}; done",
+            "takes": f"while :; do {self._take('attach')}; done",
             "gives": "while read line; do cat /data/random; done",
-            "serves": f"nc -ll -p {GIVES_PORT} -e cat /data/random & exec nc -ll -p {TAKES_PORT} -e sh -c '{take}'",
+            "serves": f"{serve} '{self._take('port-forward')}'",
             "logs": "while read word < /data/words; do [ $word = text ] && cat /data/text || echo $word; done",
             "logged": "cat /data/text; exec sleep 100000",
         }
@@ -127,6 +124,12 @@ class Pod:
         for name, script in scripts.items():
             command = ["sh", "-c", script]
             yield {"name": name, "image": image, "command": command, "stdin": True, "volumeMounts": mounts}
+
+    def _take(self, draft: str) -> str:
+        """A script that makes the target of its input, without waiting for its end. It has `draft` open before."""
+        count = self.size_bytes // MEGABYTE
+        read = f"dd bs={MEGABYTE} count={count} iflag=fullblock of=/data/{draft}"
+        return f"{read}; mv /data/{draft} /data/target; echo received"
 
 
 @contextmanager
