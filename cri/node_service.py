@@ -11,7 +11,8 @@ import grpc.aio
 
 from cri.changes import Changes
 from cri.image_service.auth import Credentials
-from cri.image_service.images import Image, Images
+from cri.image_service.catalog import Image
+from cri.image_service.images import Images
 from cri.image_service.progress import Progress as ImagesProgress
 from cri.node_messages import (
     SERVICE,

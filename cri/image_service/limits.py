@@ -26,9 +26,6 @@ class Slots:
         self._taken: Counter[str] = Counter()
         self._waiting: list[tuple[str, LayerProgress, asyncio.Future[None]]] = []
 
-    def limit(self, registry: str) -> RegistryLimit | None:
-        return self._limits.get(registry)
-
     @asynccontextmanager
     async def taken(self, registry: str, layer: LayerProgress) -> AsyncIterator[None]:
         """Holds a slot; until there is one, `layer` shows its place in the queue. `registry` is "" for a local file."""

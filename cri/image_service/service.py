@@ -13,7 +13,8 @@ from cri.api.runtime.v1 import api_pb2_grpc
 from cri.changes import Changes
 from cri.chunks import chunks
 from cri.image_service.auth import Credentials
-from cri.image_service.images import Image, Images
+from cri.image_service.catalog import Image
+from cri.image_service.images import Images
 from oci.errors import InvalidArgument
 from oci.writable_layers import WritableLayers
 

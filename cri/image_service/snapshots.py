@@ -27,6 +27,7 @@ class LayerDirectory:
     """Where layers lie; synchronous, for a worker thread."""
 
     def __init__(self, root: Path) -> None:
+        self.root = root
         self._layers = root / "layers"
         self._trash = root / "trash"
         self._partial = root / "partial"
@@ -149,11 +150,20 @@ class References:
         self._holders: dict[str, str] = {}  # holder -> image id
         self._claims: Counter[str] = Counter()  # layers that pulls under way will use
 
+    def images(self) -> tuple[str, ...]:
+        """All images there are, also removed ones that are held."""
+        return tuple(self._layers_of)
+
+    def layers_of(self, image_id: str) -> tuple[str, ...] | None:
+        """Lowest first; None where there is no such image."""
+        return self._layers_of.get(image_id)
+
     def set_image(self, image_id: str, layers: tuple[str, ...]) -> None:
         self._layers_of[image_id] = layers
 
-    def drop_image(self, image_id: str) -> None:
-        self._layers_of.pop(image_id, None)
+    def drop_image(self, image_id: str) -> tuple[str, ...]:
+        """The layers that the image has needed."""
+        return self._layers_of.pop(image_id, ())
 
     def hold(self, image_id: str, holder: str) -> None:
         self._holders[holder] = image_id

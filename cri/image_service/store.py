@@ -1,6 +1,6 @@
 """images.db: which images, names and layers there are. SQLite with synchronous=FULL, one transaction per change.
 
-Synchronous; `Images` calls it from one thread. A layer's record is written after its data is on the disk, so a record
+Synchronous; `Stores` calls it from one thread. A layer's record is written after its data is on the disk, so a record
 may be believed. Databases of other stores are read only (see additional.py).
 """
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cri.image_service.images import Image, Images
+from cri.image_service.catalog import Image
+from cri.image_service.images import Images
 from oci import checkpoint_archive
 from oci.checkpoint import Checkpoints
 from oci.checkpoint_archive import Checkpoint

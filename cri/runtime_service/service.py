@@ -14,7 +14,8 @@ from cri.api.runtime.v1 import api_pb2 as api
 from cri.api.runtime.v1 import api_pb2_grpc
 from cri.changes import Changes
 from cri.chunks import chunks
-from cri.image_service.images import Image, Images
+from cri.image_service.catalog import Image
+from cri.image_service.images import Images
 from cri.runtime_service import checkpoints, filters, from_cri, to_cri
 from cri.runtime_service.checkpoints import ContainerCheckpoints
 from cri.runtime_service.events import ContainerEvents

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from cri.image_service.images import Image, Images, ImageSettings
+from cri.image_service.catalog import Image
+from cri.image_service.images import Images, ImageSettings
 from oci.container_spec import ContainerId
 from oci.errors import Error, InvalidArgument, NotFound, Unavailable
 from oci.image_volumes import ImageMount, ImageVolumes

@@ -20,7 +20,8 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from cri.image_service.images import Image, Images, ImageSettings
+from cri.image_service.catalog import Image
+from cri.image_service.images import Images, ImageSettings
 from oci.errors import Error, FailedPrecondition, Unavailable, Unimplemented
 from tests.fakes import layers
 from tests.fakes.layers import Built, directory, file, tar

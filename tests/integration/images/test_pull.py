@@ -18,7 +18,8 @@ import pytest
 import zstandard
 
 from cri.image_service.auth import Credentials
-from cri.image_service.images import Image, Images, ImageSettings
+from cri.image_service.catalog import Image
+from cri.image_service.images import Images, ImageSettings
 from cri.image_service.progress import Progress
 from oci.errors import (
     DeadlineExceeded,

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from cri.image_service import openpgp
-from cri.image_service.images import Image, Images, ImageSettings
+from cri.image_service.catalog import Image
+from cri.image_service.images import Images, ImageSettings
 from cri.image_service.signature import SIGSTORE_MEDIA_TYPE, Signature
 from cri.image_service.workers import Progressed
 from oci.errors import Error, NotFound, PermissionDenied, Unavailable
@@ -829,7 +830,7 @@ def test_what_was_known_of_a_removed_image_is_forgotten(node: Node) -> None:
         await images.remove(image.id)
         with pytest.raises(NotFound):
             images.resolve(image.id)
-        assert images._store.origins(image.id) == ()
+        assert images._stores.ours.origins(image.id) == ()
 
     node.run(story)
 

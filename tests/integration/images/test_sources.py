@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from cri.image_service.images import Image, Images, ImageSettings
+from cri.image_service.catalog import Image
+from cri.image_service.images import Images, ImageSettings
 from cri.image_service.registry import proxy_for
 from oci.errors import Error, FailedPrecondition, PermissionDenied, Unavailable
 from tests.fakes import layers

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from cri.image_service.images import Damage, Images, ImageSettings
+from cri.image_service.images import Images, ImageSettings
+from cri.image_service.repair import Damage
 from oci.container_spec import ContainerId
 from oci.errors import Error, Unavailable
 from oci.rootfs import Rootfs

@@ -11,7 +11,7 @@ import grpc.aio
 import pytest
 
 from cri.changes import Changes
-from cri.image_service.images import Image
+from cri.image_service.catalog import Image
 from cri.image_service.progress import Progress
 from cri.image_service.save import Saved
 from cri.node_messages import (
