@@ -160,6 +160,7 @@ class Layers:
             raise
 
     async def have_one(self, layer: WantedLayer, progress: Progress) -> None:
+        """Has the layer here; where another caller is fetching it already, that is waited for."""
         tried = False
 
         def fetch() -> Coroutine[Any, Any, None]:

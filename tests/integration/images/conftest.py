@@ -1,4 +1,4 @@
-"""A registry as Debian packages it, for a test."""
+"""Registries for a test: the fake one, and one as Debian packages it."""
 
 import socket
 import subprocess
@@ -8,6 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.fakes.registry import FakeRegistry
+
+
+@pytest.fixture
+def registry() -> Iterator[FakeRegistry]:
+    with FakeRegistry() as served:
+        yield served
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from cri.daemon import locked
 from cri.image_service.images import Images, ImageSettings
 from oci.errors import FailedPrecondition, NotFound, PermissionDenied, Unavailable
-from tests.fakes import layers
+from tests.fakes import image_store, layers
 from tests.fakes.layers import directory, file, tar
 from tests.fakes.registry import FakeRegistry
 
@@ -29,32 +29,25 @@ NEWER = layers.image([BASE, TOP, tar([file("newer")])])
 
 
 @pytest.fixture
-def registry() -> Iterator[FakeRegistry]:
-    with FakeRegistry() as served:
-        served.add("team/app", "1", APP)
-        served.add("team/app", "2", NEWER)
-        yield served
+def registry(registry: FakeRegistry) -> FakeRegistry:
+    registry.add("team/app", "1", APP)
+    registry.add("team/app", "2", NEWER)
+    return registry
 
 
 def settings(tmp_path: Path, registry: FakeRegistry, root: str, *stores: Path, **changes: Any) -> ImageSettings:
-    conf = tmp_path / "registries.conf"
-    conf.write_text(f'[[registry]]\nprefix = "example.test"\nlocation = "{registry.address}"\ninsecure = true\n')
     (tmp_path / root).mkdir(exist_ok=True)
-    return ImageSettings(
-        root=tmp_path / root / "images", registries_conf=conf, read_timeout_s=5, additional_stores=stores, **changes
+    return image_store.settings(
+        tmp_path, registry, root=tmp_path / root / "images", additional_stores=stores, **changes
     )
 
 
 def run(with_settings: ImageSettings, story: Callable[[Images], Awaitable[Any]]) -> Any:
-    async def whole() -> Any:
-        images = await Images.open(with_settings)
-        try:
-            await images.sweep()
-            return await story(images)
-        finally:
-            await images.close()
+    async def whole(images: Images) -> Any:
+        await images.sweep()
+        return await story(images)
 
-    return asyncio.run(whole())
+    return image_store.run(with_settings, whole)
 
 
 @pytest.fixture

@@ -6,19 +6,19 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cri.image_service.catalog import Image
-from cri.image_service.images import Images, ImageSettings
+from cri.image_service.images import Images
 from oci.container_spec import ContainerId
 from oci.errors import Error, InvalidArgument, NotFound, Unavailable
 from oci.image_volumes import ImageMount, ImageVolumes
 from tests.fakes import layers
+from tests.fakes.image_store import run, settings
 from tests.fakes.layers import OCI_INDEX, artifact, file, tar
 from tests.fakes.registry import FakeRegistry, cut_after, status
 
@@ -26,29 +26,6 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts")
 
 NAME = "example.test/team/model"
 HOST = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}.get(os.uname().machine, f"linux/{os.uname().machine}")
-
-
-@pytest.fixture
-def registry() -> Iterator[FakeRegistry]:
-    with FakeRegistry() as served:
-        yield served
-
-
-def settings(tmp_path: Path, registry: FakeRegistry, **changes: Any) -> ImageSettings:
-    conf = tmp_path / "registries.conf"
-    conf.write_text(f'[[registry]]\nprefix = "example.test"\nlocation = "{registry.address}"\ninsecure = true\n')
-    return ImageSettings(root=tmp_path / "images", registries_conf=conf, read_timeout_s=5, **changes)
-
-
-def run(with_settings: ImageSettings, story: Callable[[Images], Awaitable[Any]]) -> Any:
-    async def whole() -> Any:
-        images = await Images.open(with_settings)
-        try:
-            return await story(images)
-        finally:
-            await images.close()
-
-    return asyncio.run(whole())
 
 
 def layer_names(tmp_path: Path) -> list[str]:

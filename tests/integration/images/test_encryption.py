@@ -1,12 +1,11 @@
 """Images that skopeo has encrypted are decrypted with the node's keys, and nothing of them is seen without."""
 
-import asyncio
 import base64
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from cryptography.hazmat.primitives.serialization import (
 from cri.image_service.catalog import Image
 from cri.image_service.images import Images, ImageSettings
 from oci.errors import Error, FailedPrecondition, Unavailable, Unimplemented
-from tests.fakes import layers
+from tests.fakes import image_store, layers
+from tests.fakes.image_store import run
 from tests.fakes.layers import Built, directory, file, tar
 from tests.fakes.registry import FakeRegistry, cut_after, status
 
@@ -44,28 +44,8 @@ RSA_KEY = rsa.generate_private_key(65537, 2048)
 EC_KEY = ec.generate_private_key(ec.SECP256R1())
 
 
-@pytest.fixture
-def registry() -> Iterator[FakeRegistry]:
-    with FakeRegistry() as served:
-        yield served
-
-
 def settings(tmp_path: Path, registry: FakeRegistry, **changes: Any) -> ImageSettings:
-    conf = tmp_path / "registries.conf"
-    conf.write_text(f'[[registry]]\nprefix = "example.test"\nlocation = "{registry.address}"\ninsecure = true\n')
-    keys = {"decryption_keys_path": tmp_path / "keys", **changes}
-    return ImageSettings(root=tmp_path / "images", registries_conf=conf, read_timeout_s=5, **keys)
-
-
-def run(with_settings: ImageSettings, story: Callable[[Images], Awaitable[Any]]) -> Any:
-    async def whole() -> Any:
-        images = await Images.open(with_settings)
-        try:
-            return await story(images)
-        finally:
-            await images.close()
-
-    return asyncio.run(whole())
+    return image_store.settings(tmp_path, registry, **{"decryption_keys_path": tmp_path / "keys", **changes})
 
 
 def layer_names(tmp_path: Path) -> list[str]:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from oci.errors import (
     Unavailable,
 )
 from tests.fakes import layers
+from tests.fakes.image_store import run, settings
 from tests.fakes.layers import OCI_INDEX, directory, file, tar
 from tests.fakes.registry import (
     Answer,
@@ -60,12 +61,6 @@ NAME = "example.test/team/app"
 DENIED = b'{"errors": [{"code": "DENIED", "message": "no\\nway"}]}'
 
 
-@pytest.fixture
-def registry() -> Iterator[FakeRegistry]:
-    with FakeRegistry() as served:
-        yield served
-
-
 @pytest.fixture(autouse=True)
 def _nothing_stays(tmp_path: Path) -> Iterator[None]:
     """No worker outlives its test, and the store holds only what is on record."""
@@ -79,27 +74,6 @@ def _nothing_stays(tmp_path: Path) -> Iterator[None]:
             except OSError:
                 continue
             assert not (b"image_service.worker" in command and parent == str(os.getpid())), root
-
-
-def settings(tmp_path: Path, registry: FakeRegistry | None, extra: str = "", **changes: Any) -> ImageSettings:
-    """A store of its own, which finds example.test at the fake registry over plain HTTP."""
-    conf = tmp_path / "registries.conf"
-    if registry is not None:
-        conf.write_text(
-            f'[[registry]]\nprefix = "example.test"\nlocation = "{registry.address}"\ninsecure = true\n{extra}'
-        )
-    return ImageSettings(root=tmp_path / "images", registries_conf=conf, read_timeout_s=5, **changes)
-
-
-def run(with_settings: ImageSettings, story: Callable[[Images], Awaitable[Any]]) -> Any:
-    async def whole() -> Any:
-        images = await Images.open(with_settings)
-        try:
-            return await story(images)
-        finally:
-            await images.close()
-
-    return asyncio.run(whole())
 
 
 def pull(with_settings: ImageSettings, reference: str = f"{NAME}:1", credentials: Credentials | None = None) -> Image:

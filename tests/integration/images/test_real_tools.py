@@ -1,6 +1,5 @@
 """What Debian's registry serves and skopeo writes is taken, and unpacks to the tree that umoci makes."""
 
-import asyncio
 import gzip
 import os
 import shutil
@@ -13,7 +12,7 @@ import pytest
 
 from cri.image_service.images import Images, ImageSettings
 from oci.errors import Error, InvalidArgument, NotFound, PermissionDenied
-from tests.fakes import layers
+from tests.fakes import image_store, layers
 from tests.fakes.layers import directory, file, tar
 from tests.fakes.trees import LOWER, TREES, described, mounted
 
@@ -26,14 +25,7 @@ def needs(*programs: str) -> pytest.MarkDecorator:
 
 
 def run(root: Path, story: Callable[[Images], Awaitable[Any]], **changes: Any) -> Any:
-    async def whole() -> Any:
-        images = await Images.open(ImageSettings(root=root, **changes))
-        try:
-            return await story(images)
-        finally:
-            await images.close()
-
-    return asyncio.run(whole())
+    return image_store.run(ImageSettings(root=root, **changes), story)
 
 
 def without_time(what: tuple[Any, ...]) -> tuple[Any, ...]:

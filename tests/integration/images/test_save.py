@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from cri.image_service.images import Images, ImageSettings
 from cri.image_service.progress import Progress
 from oci.errors import AlreadyExists, Error, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from tests.fakes import layers
+from tests.fakes.image_store import run, settings
 from tests.fakes.layers import directory, file, tar
 from tests.fakes.registry import FakeRegistry, after, status
 from tests.fakes.trees import TREES, described, mounted
@@ -34,28 +35,9 @@ EVERYTHING = layers.image(TREES, {"User": "5"})
 
 
 @pytest.fixture
-def registry() -> Iterator[FakeRegistry]:
-    with FakeRegistry() as served:
-        served.add("team/app", "1", EVERYTHING)
-        yield served
-
-
-def settings(tmp_path: Path, registry: FakeRegistry | None = None, **changes: Any) -> ImageSettings:
-    conf = tmp_path / "registries.conf"
-    if registry is not None:
-        conf.write_text(f'[[registry]]\nprefix = "example.test"\nlocation = "{registry.address}"\ninsecure = true\n')
-    return ImageSettings(root=tmp_path / "images", registries_conf=conf, read_timeout_s=5, **changes)
-
-
-def run(with_settings: ImageSettings, story: Callable[[Images], Awaitable[Any]]) -> Any:
-    async def whole() -> Any:
-        images = await Images.open(with_settings)
-        try:
-            return await story(images)
-        finally:
-            await images.close()
-
-    return asyncio.run(whole())
+def registry(registry: FakeRegistry) -> FakeRegistry:
+    registry.add("team/app", "1", EVERYTHING)
+    return registry
 
 
 def other_node(tmp_path: Path) -> ImageSettings:

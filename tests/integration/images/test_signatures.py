@@ -1,6 +1,5 @@
 """A policy that demands signatures: verified before any layer is fetched, and again whenever a container is made."""
 
-import asyncio
 import base64
 import json
 import os
@@ -22,7 +21,7 @@ from cri.image_service.images import Images, ImageSettings
 from cri.image_service.signature import SIGSTORE_MEDIA_TYPE, Signature
 from cri.image_service.workers import Progressed
 from oci.errors import Error, NotFound, PermissionDenied, Unavailable
-from tests.fakes import layers
+from tests.fakes import image_store, layers
 from tests.fakes.layers import OCI_INDEX, file, tar
 from tests.fakes.registry import FakeRegistry, Handler, status
 from tests.fakes.signing import (
@@ -61,12 +60,6 @@ needs_gpg = needs("gpg", "gpgconf", "gpgv")
 def gpg() -> Iterator[OpenPgp]:
     with OpenPgp("alice", "bob") as home:
         yield home
-
-
-@pytest.fixture
-def registry() -> Iterator[FakeRegistry]:
-    with FakeRegistry() as served:
-        yield served
 
 
 class Node:
@@ -109,15 +102,7 @@ class Node:
             registries_d=self.directory / "registries.d",
             read_timeout_s=5,
         )
-
-        async def whole() -> Any:
-            images = await Images.open(settings)
-            try:
-                return await story(images)
-            finally:
-                await images.close()
-
-        return asyncio.run(whole())
+        return image_store.run(settings, story)
 
     def pull(self, reference: str = f"{NAME}:1", namespace: str = "") -> Image:
         image: Image = self.run(lambda images: images.pull(reference, namespace=namespace))

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +18,7 @@ from cri.image_service.images import Images, ImageSettings
 from cri.image_service.registry import proxy_for
 from oci.errors import Error, FailedPrecondition, PermissionDenied, Unavailable
 from tests.fakes import layers
+from tests.fakes.image_store import run, settings
 from tests.fakes.layers import directory, file, tar
 from tests.fakes.proxy import FakeProxy
 from tests.fakes.registry import FakeRegistry, after, wants
@@ -30,10 +30,9 @@ NAME = "example.test/team/app"
 
 
 @pytest.fixture
-def registry() -> Iterator[FakeRegistry]:
-    with FakeRegistry() as served:
-        served.add("team/app", "1", APP)
-        yield served
+def registry(registry: FakeRegistry) -> FakeRegistry:
+    registry.add("team/app", "1", APP)
+    return registry
 
 
 @pytest.fixture
@@ -56,25 +55,6 @@ def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
-
-
-def settings(tmp_path: Path, registry: FakeRegistry | None = None, extra: str = "", **changes: Any) -> ImageSettings:
-    conf = tmp_path / "registries.conf"
-    if registry is not None:
-        extra += f'[[registry]]\nprefix = "example.test"\nlocation = "{registry.address}"\ninsecure = true\n'
-    conf.write_text(extra)
-    return ImageSettings(root=tmp_path / "images", registries_conf=conf, read_timeout_s=5, **changes)
-
-
-def run(with_settings: ImageSettings, story: Callable[[Images], Awaitable[Any]]) -> Any:
-    async def whole() -> Any:
-        images = await Images.open(with_settings)
-        try:
-            return await story(images)
-        finally:
-            await images.close()
-
-    return asyncio.run(whole())
 
 
 def pull(with_settings: ImageSettings, reference: str = f"{NAME}:1", namespace: str = "") -> Image:

@@ -1,13 +1,12 @@
 """What the disk holds is what the records say: after kills, after a power loss, and when a pull goes on."""
 
-import asyncio
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from oci.container_spec import ContainerId
 from oci.errors import Error, Unavailable
 from oci.rootfs import Rootfs
 from tests.fakes import layers
+from tests.fakes.image_store import run, settings
 from tests.fakes.layers import Built, directory, file, symlink, tar
 from tests.fakes.registry import FakeRegistry, cut_after, status
 
@@ -29,29 +29,6 @@ BASE = tar([directory("etc"), file("etc/base", b"base" * 1000), symlink("etc/lin
 TOP = tar([directory("etc"), file("etc/top", os.urandom(600_000))])
 OTHER = tar([directory("etc"), file("etc/other", b"other")])
 NAME = "example.test/team/app"
-
-
-@pytest.fixture
-def registry() -> Iterator[FakeRegistry]:
-    with FakeRegistry() as served:
-        yield served
-
-
-def settings(tmp_path: Path, registry: FakeRegistry, **changes: Any) -> ImageSettings:
-    conf = tmp_path / "registries.conf"
-    conf.write_text(f'[[registry]]\nprefix = "example.test"\nlocation = "{registry.address}"\ninsecure = true\n')
-    return ImageSettings(root=tmp_path / "images", registries_conf=conf, read_timeout_s=5, **changes)
-
-
-def run(with_settings: ImageSettings, story: Callable[[Images], Awaitable[Any]]) -> Any:
-    async def whole() -> Any:
-        images = await Images.open(with_settings)
-        try:
-            return await story(images)
-        finally:
-            await images.close()
-
-    return asyncio.run(whole())
 
 
 def asked(registry: FakeRegistry, blob: bytes) -> int:

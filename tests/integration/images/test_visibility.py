@@ -3,46 +3,23 @@
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cri.image_service.images import Images, ImageSettings
+from cri.image_service.images import Images
 from cri.image_service.limits import RegistryLimit
 from cri.image_service.progress import LayerPhase, Progress
 from oci.errors import Unavailable
 from tests.fakes import layers
+from tests.fakes.image_store import run, settings
 from tests.fakes.layers import directory, file, tar
 from tests.fakes.registry import FakeRegistry, after
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="layers hold owners and device nodes")
 
 NAME = "example.test/team/app"
-
-
-@pytest.fixture
-def registry() -> Iterator[FakeRegistry]:
-    with FakeRegistry() as served:
-        yield served
-
-
-def settings(tmp_path: Path, registry: FakeRegistry, **changes: Any) -> ImageSettings:
-    conf = tmp_path / "registries.conf"
-    conf.write_text(f'[[registry]]\nprefix = "example.test"\nlocation = "{registry.address}"\ninsecure = true\n')
-    return ImageSettings(root=tmp_path / "images", registries_conf=conf, read_timeout_s=5, **changes)
-
-
-def run(with_settings: ImageSettings, story: Callable[[Images], Awaitable[Any]]) -> Any:
-    async def whole() -> Any:
-        images = await Images.open(with_settings)
-        try:
-            return await story(images)
-        finally:
-            await images.close()
-
-    return asyncio.run(whole())
 
 
 def three_layers() -> layers.Built:
