@@ -37,20 +37,23 @@ class LayerDirectory:
         for directory in (self._layers, self._trash, self._partial, self._pace):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def begin(self, boot_id: str) -> bool:
-        """Marks the store as in use. Whether what was in memory may have been lost since it was marked last."""
+    def unended(self) -> str | None:
+        """The boot of a daemon that began here and did not end; None where there was none."""
         try:
-            lost = self._running.read_text() != boot_id
+            return self._running.read_text()
         except FileNotFoundError:
-            lost = False
+            return None
+
+    def begin(self, boot_id: str) -> None:
+        """Marks the store as in use."""
         with self._running.open("w") as file:
             file.write(boot_id)
             file.flush()
             os.fsync(file.fileno())
         _fsync_directory(self._running.parent)
-        return lost
 
     def end(self) -> None:
+        """Takes the mark away."""
         self._running.unlink(missing_ok=True)
 
     def layer(self, diff_id: str) -> Path:

@@ -5,13 +5,11 @@ import gzip
 import os
 import shutil
 import socket
-import stat
 import subprocess
 import tarfile
 import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from cri.image_service.images import Images, ImageSettings
 from oci.errors import Error, InvalidArgument, NotFound, PermissionDenied
 from tests.fakes import layers
 from tests.fakes.layers import directory, entry, file, hard_link, symlink, tar
+from tests.trees import described, mounted_overlay
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts overlays and makes device nodes")
 
@@ -83,47 +82,6 @@ def run(root: Path, story: Callable[[Images], Awaitable[Any]], **changes: Any) -
     return asyncio.run(whole())
 
 
-@contextmanager
-def mounted(lower: tuple[Path, ...], at: Path) -> Iterator[Path]:
-    """The image as a container sees it."""
-    at.mkdir()
-    options = f"lowerdir={':'.join(str(path) for path in reversed(lower))}"
-    subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", str(at)], check=True)
-    try:
-        yield at
-    finally:
-        subprocess.run(["umount", str(at)], check=True)
-
-
-def described(root: Path, with_root: bool = True) -> dict[str, tuple[Any, ...]]:
-    """Everything there is to say about each path: kind, mode, owner, size, time, device, links, xattrs, content."""
-    links: dict[int, str] = {}
-    found = {}
-    paths = [root] if with_root else []
-    for parent, directories, files in os.walk(root):
-        paths += [Path(parent, name) for name in directories + files]
-    for path in sorted(paths):
-        status = path.lstat()
-        name = str(path.relative_to(root))
-        xattrs = tuple(
-            (key, os.getxattr(path, key, follow_symlinks=False))
-            for key in sorted(os.listxattr(path, follow_symlinks=False))
-        )
-        content: Any = None
-        if stat.S_ISLNK(status.st_mode):
-            content = path.readlink()
-        elif stat.S_ISREG(status.st_mode):
-            content = path.read_bytes()
-        first = links.setdefault(status.st_ino, name) if stat.S_ISREG(status.st_mode) else name
-        owner = (status.st_uid, status.st_gid)
-        found[name] = (oct(status.st_mode), *owner, status.st_mtime_ns, status.st_rdev, first, xattrs, content)
-    return found
-
-
-def without_time(what: tuple[Any, ...]) -> tuple[Any, ...]:
-    return what[:3] + what[4:]
-
-
 @needs("umoci")
 def test_the_mounted_image_is_what_umoci_unpacks(tmp_path: Path) -> None:
     """Also where a layer implies directories without describing them, and through pull-like loading."""
@@ -133,9 +91,9 @@ def test_the_mounted_image_is_what_umoci_unpacks(tmp_path: Path) -> None:
 
     async def story(images: Images) -> None:
         [image] = await images.load(tmp_path / "layout")
-        with mounted(images.layer_paths(image.id), tmp_path / "merged") as merged:
+        with mounted_overlay(images.layer_paths(image.id), tmp_path / "merged") as merged:
             ours, theirs = described(merged), described(tmp_path / "umoci/rootfs")
-            assert without_time(ours.pop(".")) == without_time(theirs.pop("."))
+            assert ours.pop(".").without_time() == theirs.pop(".").without_time()
             assert ours == theirs
 
     run(tmp_path / "images", story)
@@ -160,12 +118,12 @@ def test_a_layer_without_parents_leaves_directories_as_the_layers_below_have_the
 
     async def story(images: Images) -> None:
         [image] = await images.load(tmp_path / "layout")
-        with mounted(images.layer_paths(image.id), tmp_path / "merged") as merged:
+        with mounted_overlay(images.layer_paths(image.id), tmp_path / "merged") as merged:
             ours, theirs = described(merged), described(tmp_path / "umoci/rootfs")
         assert ours.keys() == theirs.keys()
         below = {entry[0].name.rstrip("/") for entry in lower} | {entry[0].name.rstrip("/") for entry in upper}
         for path in set(ours) & (below | {"."}):
-            assert without_time(ours[path]) == without_time(theirs[path]), path  # umoci's is that of the unpacking
+            assert ours[path].without_time() == theirs[path].without_time(), path  # umoci's is that of the unpacking
 
     run(tmp_path / "images", story)
 
