@@ -11,7 +11,10 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """One path of a tree. `content` is a file's bytes or a link's target."""
+    """One path of a tree. `content` is a file's bytes or a link's target.
+
+    The mode is "" for what overlayfs lists but does not find: a whiteout in a directory that no other layer has.
+    """
 
     mode: str  # with its kind, octal
     uid: int
@@ -21,6 +24,10 @@ class Described:
     same_as: str  # the first path of the same inode, its own where it is the first or a directory
     xattrs: tuple[tuple[str, bytes], ...]
     content: bytes | str | None
+
+    @property
+    def is_directory(self) -> bool:
+        return bool(self.mode) and stat.S_ISDIR(int(self.mode, 8))
 
     def without_time(self) -> "Described":
         return replace(self, mtime_ns=0)
@@ -37,8 +44,12 @@ def described(root: Path, with_root: bool = True) -> dict[str, Described]:
     for parent, directories, files in os.walk(root):
         paths += [Path(parent, name) for name in directories + files]
     for path in sorted(paths):
-        status = path.lstat()
         name = str(path.relative_to(root))
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            found[name] = Described("", 0, 0, 0, 0, name, (), None)
+            continue
         content: bytes | str | None = None
         if stat.S_ISLNK(status.st_mode):
             content = str(path.readlink())

@@ -643,8 +643,11 @@ class Images:
         self._layers[record.diff_id] = record
 
     async def _with_implied(self, image_id: str, diff_ids: tuple[str, ...]) -> tuple[str, ...]:
-        """The image's layers; on top a small one of its own where directories need attributes from lower layers."""
-        diff_ids = _without_repeats(diff_ids)
+        """The image's layers; on top a small one of its own where directories need attributes from lower layers.
+
+        Layers below one that hides all of them are left out.
+        """
+        diff_ids = await asyncio.to_thread(self._directory.visible, _without_repeats(diff_ids))
         if len(diff_ids) < 2 or not any(self._layers[diff_id].implied for diff_id in diff_ids[1:]):
             return diff_ids  # the lowest has nothing below that could know better
         own = f"implied:{image_id.rpartition(':')[2]}"

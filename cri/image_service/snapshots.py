@@ -13,11 +13,12 @@ import json
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from cri.image_service.store import LayerRecord
+from cri.image_service.unpack import is_opaque
 from oci.errors import NotFound
 
 _KNOWN_ALGORITHMS = ("sha256", "sha512", "implied", "encrypted", "artifact")
@@ -76,6 +77,14 @@ class LayerDirectory:
     def path(self, diff_id: str) -> Path:
         """The tree that is mounted as a lower directory."""
         return self._layers / directory_name(diff_id) / "diff"
+
+    def visible(self, diff_ids: Sequence[str]) -> tuple[str, ...]:
+        """Of layers, lowest first, the highest whose root is opaque and those above it; all where there is none.
+
+        overlayfs merges the roots of all layers that it is given, whatever they say themselves.
+        """
+        opaque = [at for at, diff_id in enumerate(diff_ids) if is_opaque(self.path(diff_id))]
+        return tuple(diff_ids[opaque[-1] if opaque else 0 :])
 
     def new_temporary(self, name: str) -> Path:
         return self._layers / f"{directory_name(name)}.tmp-{secrets.token_hex(4)}"

@@ -1,4 +1,4 @@
-"""What Debian's registry serves and skopeo writes is taken, and unpacks to the tree that umoci makes."""
+"""What Debian's registry serves and skopeo writes is taken; so are archives that tar makes of real files."""
 
 import asyncio
 import gzip
@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import subprocess
-import tarfile
 import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
@@ -18,52 +17,11 @@ import pytest
 from cri.image_service.images import Images, ImageSettings
 from oci.errors import Error, InvalidArgument, NotFound, PermissionDenied
 from tests.fakes import layers
-from tests.fakes.layers import directory, entry, file, hard_link, symlink, tar
-from tests.trees import described, mounted_overlay
+from tests.fakes.archives import LOWER, TREES
+from tests.fakes.layers import file, tar
+from tests.trees import described
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts overlays and makes device nodes")
-
-CAPABILITY = b"\x01\0\0\x02\0\4\0\0\0\0\0\0\0\0\0\0\0\0\0\0".decode("latin-1")
-LOWER = tar(
-    [
-        directory("./", 0o755, mtime=1000),
-        directory("etc", 0o750, uid=1, gid=2, mtime=1001),
-        file("etc/passwd", b"root", 0o640, uid=3, gid=4, mtime=1002),
-        directory("usr", 0o755, mtime=1003),
-        directory("usr/lib", 0o711, uid=9, mtime=1004),
-        file("usr/lib/lib.so.1", b"elf" * 5000, 0o755),
-        symlink("usr/lib/lib.so", "lib.so.1"),
-        symlink("lib", "usr/lib", mtime=1005),
-        hard_link("usr/lib/same", "usr/lib/lib.so.1"),
-        file("usr/suid", b"s", 0o6755, uid=7, gid=7),
-        file("usr/capable", b"c", 0o755, pax_headers={"SCHILY.xattr.security.capability": CAPABILITY}),
-        directory("gone", mtime=1006),
-        file("gone/a", b"a"),
-        directory("opaque", mtime=1007),
-        file("opaque/hidden", b"h"),
-        directory("becomes-file", mtime=1008),
-        file("becomes-file/x", b"x"),
-        file("becomes-dir", b"f"),
-        file("n" * 200, b"long", pax_headers={"mtime": "1234567890.123456789"}),
-        entry("fifo", type=tarfile.FIFOTYPE, mode=0o622),
-        entry("tty", type=tarfile.CHRTYPE, devmajor=5, devminor=0, mode=0o620, gid=5),
-    ]
-)
-UPPER = tar(
-    [
-        file("usr/lib/new", b"new", mtime=2000),  # without entries for usr and usr/lib
-        file(".wh.gone"),
-        directory("opaque", 0o700, mtime=2001),
-        file("opaque/.wh..wh..opq"),
-        file("opaque/shown", b"s"),
-        file("becomes-file", b"now a file"),
-        directory("becomes-dir", 0o751, mtime=2002),
-        file("becomes-dir/y", b"y"),
-        file("usr/capable", b"changed", 0o700),
-    ]
-)
-TOP = tar([file("usr/.wh.suid"), file("etc/hosts", b"hosts", mtime=3000), directory("var", mtime=3001)])
-TREES = [LOWER, UPPER, TOP]
 
 
 def needs(*programs: str) -> pytest.MarkDecorator:
@@ -80,52 +38,6 @@ def run(root: Path, story: Callable[[Images], Awaitable[Any]], **changes: Any) -
             await images.close()
 
     return asyncio.run(whole())
-
-
-@needs("umoci")
-def test_the_mounted_image_is_what_umoci_unpacks(tmp_path: Path) -> None:
-    """Also where a layer implies directories without describing them, and through pull-like loading."""
-    built = layers.image(TREES)
-    layers.write_oci_layout(tmp_path / "layout", built, "test")
-    subprocess.run(["umoci", "unpack", "--image", f"{tmp_path}/layout:test", str(tmp_path / "umoci")], check=True)
-
-    async def story(images: Images) -> None:
-        [image] = await images.load(tmp_path / "layout")
-        with mounted_overlay(images.layer_paths(image.id), tmp_path / "merged") as merged:
-            ours, theirs = described(merged), described(tmp_path / "umoci/rootfs")
-            assert ours.pop(".").without_time() == theirs.pop(".").without_time()
-            assert ours == theirs
-
-    run(tmp_path / "images", story)
-
-
-@pytest.mark.parametrize(
-    ("lower", "upper"),
-    [
-        ([directory("a", 0o700, uid=5, mtime=7)], [file("a/b/c", b"x")]),
-        ([directory("a", 0o700), file("a/x")], [file(".wh.a"), file("a/y")]),
-        ([directory("a", 0o711), directory("a/b", 0o701)], [file("a/.wh..wh..opq"), file("a/b/c")]),
-        ([directory("a", 0o700, mtime=9)], [directory("a", 0o755, mtime=10), file("a/b/c")]),
-        ([directory("./", 0o700, uid=8, mtime=9)], [file("b")]),
-    ],
-)
-@needs("umoci")
-def test_a_layer_without_parents_leaves_directories_as_the_layers_below_have_them(
-    tmp_path: Path, lower: list[Any], upper: list[Any]
-) -> None:
-    layers.write_oci_layout(tmp_path / "layout", layers.image([tar(lower), tar(upper)]), "test")
-    subprocess.run(["umoci", "unpack", "--image", f"{tmp_path}/layout:test", str(tmp_path / "umoci")], check=True)
-
-    async def story(images: Images) -> None:
-        [image] = await images.load(tmp_path / "layout")
-        with mounted_overlay(images.layer_paths(image.id), tmp_path / "merged") as merged:
-            ours, theirs = described(merged), described(tmp_path / "umoci/rootfs")
-        assert ours.keys() == theirs.keys()
-        below = {entry[0].name.rstrip("/") for entry in lower} | {entry[0].name.rstrip("/") for entry in upper}
-        for path in set(ours) & (below | {"."}):
-            assert ours[path].without_time() == theirs[path].without_time(), path  # umoci's is that of the unpacking
-
-    run(tmp_path / "images", story)
 
 
 @needs("umoci", "tar")
