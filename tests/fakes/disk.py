@@ -21,6 +21,7 @@ from pathlib import Path
 _FLUSH = 1 << 63  # the offset that stands for a flush in the log
 _RECORD = struct.Struct("<QI")
 _MAX_WRITE = 128 << 10
+_SECTOR = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +58,18 @@ class Recording:
     def after_power_loss(self, writes: Sequence[Write], position: int, chance: random.Random | None, to: Path) -> None:
         """Makes `to` what the disk holds when the power goes at `position`.
 
-        With `chance` each write since the last flush is there or not, as in a drive's own cache; without, all are.
+        With `chance` each sector written since the last flush is there or not, as a drive's cache leaves them; without,
+        all are.
         """
         subprocess.run(["cp", "--reflink=never", "--sparse=always", str(self.before), str(to)], check=True)
         done = writes[: bisect_right(writes, position, key=lambda write: write.end)]
         flushed = max((at for at, write in enumerate(done) if write.data is None), default=-1)
         with to.open("r+b") as disk:
             for at, write in enumerate(done):
-                if write.data is not None and (at < flushed or chance is None or chance.random() < 0.5):
-                    disk.seek(write.offset)
-                    disk.write(write.data)
+                for start in range(0, len(write.data or b""), _SECTOR):
+                    if at < flushed or chance is None or chance.random() < 0.5:
+                        disk.seek(write.offset + start)
+                        disk.write((write.data or b"")[start : start + _SECTOR])
 
 
 @contextmanager
