@@ -43,7 +43,7 @@ critest: setup
 
 # In a virtual machine with systemd, cgroup v2 alone and AppArmor, which `tests/vm/v2vm build` makes: what nodes are.
 e2e-v2: setup
-	tests/vm/run --timeout 2400 python -m pytest -p no:cacheprovider tests/e2e
+	tests/vm/run --timeout 2400 python -m pytest -p no:cacheprovider tests/e2e tests/integration/oci/test_project_quotas.py
 
 critest-v2: setup
 	tests/vm/critest --newer "$${CRITEST_IMAGES:-$${XDG_CACHE_HOME:-$$HOME/.cache}/critest-images}" $(ARGS)

@@ -17,12 +17,13 @@ from pathlib import Path
 
 from cri.config import CgroupDriver, Config, RuntimeHandler
 from cri.config_reader import EXECUTABLE_DIRS, PAUSE_PROGRAMS, find_executable
+from cri.image_service import additional, policy
 from cri.runtimes import runtime_of
 from oci.cdi import Cdi
 from oci.criu import Criu
 from oci.errors import Error
 from oci.hook_files import HookFiles
-from oci.linux import cgroup, lsm, mount, syscalls
+from oci.linux import cgroup, lsm, mount, project_quota, syscalls
 from oci.linux.cgroup import Cgroups, Version
 from oci.linux.node import Node
 from oci.linux.node import detect as detect_node
@@ -94,9 +95,12 @@ def examine(config: Config) -> Iterator[Finding]:
     yield _kernel(os.uname().release)
     yield from _namespaces(Path("/proc/self/ns"), Path("/proc/sys/user/max_user_namespaces"))
     yield _overlay(config.crito.root)
+    yield _accounts(config.crito.root)
     yield from _cgroups(cgroups, config.runtime.cgroup_driver)
     yield from _runtimes(config)
     yield from _described(config)
+    yield from _policies(config)
+    yield from _image_stores(config)
     yield from _pause(config)
     yield _criu(config)
     yield from _network(config)
@@ -173,6 +177,14 @@ def _overlay(root: Path) -> Finding:
     return Finding("overlayfs", True, Weight.REQUIRED, f"works in {existing}")
 
 
+def _accounts(root: Path) -> Finding:
+    existing = _existing(root)
+    has = project_quota.usage(existing, 0) is not None
+    seen = f"{'accounted for' if has else 'not on the file system'} of {existing}"
+    meaning = "what containers have written is counted by walking it in the background: mount it with prjquota"
+    return Finding("project quotas", has, Weight.ADVICE, seen, meaning)
+
+
 def _existing(path: Path) -> Path:
     return next(each for each in (path, *path.parents) if each.is_dir())
 
@@ -224,6 +236,10 @@ def _runtimes(config: Config) -> Iterator[Finding]:
         else:
             weight = Weight.ADVICE if configured else Weight.SOME
             yield Finding(f"runtime {name}", False, weight, f"{seen}: {canary.reason}", _runtime_cure(canary.reason))
+    for name, handler in config.runtime.handlers.items():
+        if handler.path.name == "runsc" and not handler.sandbox_by_runtime:
+            seen = "each container gets a sandbox of its own, and they cannot share the pod's network"
+            yield Finding(f"runtime {name}", False, Weight.SOME, seen, "set its sandbox_by_runtime to true")
     chosen = config.runtime.default_handler or next((name for name, (_, each) in canaries.items() if each.ok), "")
     works = chosen in canaries and canaries[chosen][1].ok
     seen = (
@@ -263,6 +279,35 @@ def _described(config: Config) -> Iterator[Finding]:
         unusable = files.unusable()
         seen = "; ".join(f"{path}: {why}" for path, why in unusable.items())
         yield Finding(name, not unusable, weight, seen or "every file can be used", f"mend or remove it: {meaning}")
+
+
+def _policies(config: Config) -> Iterator[Finding]:
+    """The files that decide which images may run; they refuse where they are wrong."""
+    directory = config.image.policy_dir
+    own = sorted(directory.glob("*.json")) if directory.is_dir() else []
+    wrong, needs_gpgv = [], False
+    for path in (config.image.policy, *own):
+        try:
+            needs_gpgv |= bool(policy.demanded_of_any(path).signed_by)
+        except Error as error:
+            wrong.append(str(error).partition(": ")[2])
+    seen = "; ".join(wrong) or "every file can be used"
+    yield Finding("image policies", not wrong, Weight.SOME, seen, "images that these files decide on are refused")
+    if needs_gpgv:
+        program = find_executable("gpgv", EXECUTABLE_DIRS)
+        yield Finding(
+            "gpgv",
+            program is not None,
+            Weight.SOME,
+            str(program or "not found"),
+            "a policy demands OpenPGP signatures: images are refused until it is installed",
+        )
+
+
+def _image_stores(config: Config) -> Iterator[Finding]:
+    for store in additional.examine(config.image.additional_image_stores):
+        seen = f"{store.path}: {store.trouble or f'{store.images} images'}"
+        yield Finding("image store", not store.trouble, Weight.SOME, seen, "what it lacks must be pulled")
 
 
 def _pause(config: Config) -> Iterator[Finding]:

@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     version = _command(commands, "version", _version, "print the version")
     version.add_argument("--json", action="store_true", help="print JSON")
 
-    images = commands.add_parser("images", help="list, pull, load, inspect and remove images", allow_abbrev=False)
+    images = commands.add_parser("images", help="list, pull, load, save, inspect and remove images", allow_abbrev=False)
     _image_commands(images.add_subparsers(metavar="COMMAND", required=True))
     return parser
 
@@ -103,11 +103,23 @@ def _image_commands(commands: Any) -> None:
     load.add_argument("--reference", default="", help="name to give the image, where the archive has none")
     load.add_argument("--json", action="store_true", help="print JSON, one progress object a line")
 
+    save = _command(commands, "save", _images("save"), "save images to an OCI archive, OCI layout or docker-archive")
+    save.add_argument("references", nargs="+", metavar="reference")
+    save.add_argument(
+        "-o", "--output", type=Path, metavar="PATH", required=True, help="the file or directory, as the daemon sees it"
+    )
+    save.add_argument(
+        "--format", choices=("oci-archive", "oci-layout", "docker-archive"), default="oci-archive", help="what to write"
+    )
+    save.add_argument("--creds", metavar="USER:PASSWORD", default="", help="credentials to fetch layers again with")
+    save.add_argument("--json", action="store_true", help="print JSON, one progress object a line")
+
     inspect = _command(commands, "inspect", _images("inspect"), "print all that is known of an image, as JSON")
     inspect.add_argument("reference")
 
     remove = _command(commands, "remove", _images("remove"), "remove images and all their names")
     remove.add_argument("references", nargs="+", metavar="reference")
+    remove.add_argument("--json", action="store_true", help="print JSON, one object a line")
 
     pulls = _command(commands, "pulls", _images("pulls"), "show the pulls under way: layers, rate, time left")
     pulls.add_argument("--watch", action="store_true", help="until there are none")
@@ -120,8 +132,9 @@ def _image_commands(commands: Any) -> None:
     unpin = _command(commands, "unpin", _images("unpin"), "leave images to kubelet's garbage collection")
     for command in (pin, unpin):
         command.add_argument("references", nargs="+", metavar="reference")
+        command.add_argument("--json", action="store_true", help="print JSON, one object a line")
 
-    for command in (listing, pull, load, inspect, remove, pulls, cancel, pin, unpin):
+    for command in (listing, pull, load, save, inspect, remove, pulls, cancel, pin, unpin):
         _connection(command)
 
 

@@ -12,7 +12,16 @@ from typing import Any, TextIO
 
 from cri.api.runtime.v1 import api_pb2 as api
 from cri.node_client import SHORT_TIMEOUT_S, connected
-from cri.node_messages import ImageEvent, ImageSummary, LoadImage, Progress, PullImage, PullStatus
+from cri.node_messages import (
+    ImageEvent,
+    ImageSummary,
+    LoadImage,
+    Progress,
+    PullImage,
+    PullStatus,
+    SavedImage,
+    SaveImages,
+)
 from oci.errors import Error, InvalidArgument, NotFound
 
 Arguments = argparse.Namespace
@@ -35,17 +44,30 @@ def list_images(socket: Path, arguments: Arguments) -> int:
 
 
 def pull(socket: Path, arguments: Arguments) -> int:
-    username, colon, password = arguments.creds.partition(":")
-    if arguments.creds and not colon:
-        raise InvalidArgument("--creds: expected USER:PASSWORD")
+    request = PullImage(arguments.reference, *_credentials(arguments))
     with connected(socket) as daemon:
-        return follow(daemon.pull(PullImage(arguments.reference, username, password)), arguments.json)
+        return follow(daemon.pull(request), arguments.json)
 
 
 def load(socket: Path, arguments: Arguments) -> int:
     path = arguments.path.absolute()
     with connected(socket) as daemon:
         return follow(daemon.load(LoadImage(str(path), arguments.reference)), arguments.json)
+
+
+def save(socket: Path, arguments: Arguments) -> int:
+    """The images in a file or directory; says of each whose id is another there, and why."""
+    path = arguments.output.absolute()
+    request = SaveImages(tuple(arguments.references), str(path), arguments.format, *_credentials(arguments))
+    with connected(socket) as daemon:
+        return follow(daemon.save(request), arguments.json)
+
+
+def _credentials(arguments: Arguments) -> tuple[str, str]:
+    username, colon, password = arguments.creds.partition(":")
+    if arguments.creds and not colon:
+        raise InvalidArgument("--creds: expected USER:PASSWORD")
+    return username, password
 
 
 def pulls(socket: Path, arguments: Arguments) -> int:
@@ -103,7 +125,8 @@ def unpin(socket: Path, arguments: Arguments) -> int:
 def _pin(socket: Path, arguments: Arguments, *, pinned: bool) -> int:
     with connected(socket) as daemon:
         for reference in arguments.references:
-            print(short_id(daemon.pin(reference, pinned).id))
+            image = daemon.pin(reference, pinned)
+            print(json.dumps({"image": asdict(image), "pinned": pinned}) if arguments.json else short_id(image.id))
     return 0
 
 
@@ -128,17 +151,17 @@ def remove(socket: Path, arguments: Arguments) -> int:
                 failed = 1
                 continue
             daemon.images.RemoveImage(api.RemoveImageRequest(image=spec), timeout=60)
-            print(reference)
+            print(json.dumps({"removed": reference}) if arguments.json else reference)
     return failed
 
 
 def follow(events: Iterator[ImageEvent], as_json: bool, out: TextIO = sys.stdout) -> int:
-    """Shows a pull or load as it goes: a bar on a terminal, else nothing but its result."""
+    """Shows a pull, load or save as it goes: a bar on a terminal, else nothing but its result."""
     bar = Bar(sys.stderr) if sys.stderr.isatty() and not as_json else None
-    images: tuple[ImageSummary, ...] = ()
+    images: tuple[ImageSummary | SavedImage, ...] = ()
     try:
         for event in events:
-            images = event.images or images
+            images = event.images or event.saved or images
             if event.progress and as_json:
                 print(json.dumps({"progress": asdict(event.progress)}), file=out, flush=True)
             elif event.progress and bar:
@@ -151,10 +174,19 @@ def follow(events: Iterator[ImageEvent], as_json: bool, out: TextIO = sys.stdout
     for image in images:
         if as_json:
             print(json.dumps({"image": asdict(image)}), file=out)
+        elif isinstance(image, SavedImage):
+            print(saved_text(image), file=out)
         else:
             names = image.repo_tags or image.repo_digests
             print(" ".join([short_id(image.id), size(image.size_bytes), *names]), file=out)
     return 0
+
+
+def saved_text(image: SavedImage) -> str:
+    line = " ".join([short_id(image.id), *image.names])
+    if not image.regenerated:
+        return line
+    return f"{line}\n  regenerated: {image.regenerated}; here its id is {short_id(image.source_id)}"
 
 
 class Bar:

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import grpc
+
 from cri.api.runtime.v1 import api_pb2 as api
 from cri.config import Config
 from cri.node_client import NodeClient, connected
@@ -49,11 +51,17 @@ def _remove_pods(daemon: NodeClient) -> int:
 
 
 def _remove_images(daemon: NodeClient) -> int:
-    images = daemon.images.ListImages(api.ListImagesRequest(), timeout=STEP_TIMEOUT_S).images
-    for image in images:
+    removed = 0
+    for image in daemon.images.ListImages(api.ListImagesRequest(), timeout=STEP_TIMEOUT_S).images:
         request = api.RemoveImageRequest(image=api.ImageSpec(image=image.id))
-        daemon.images.RemoveImage(request, timeout=STEP_TIMEOUT_S)
-    return len(images)
+        try:
+            daemon.images.RemoveImage(request, timeout=STEP_TIMEOUT_S)
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:
+                raise
+            continue  # of an additional store, which is not this node's to wipe
+        removed += 1
+    return removed
 
 
 @contextlib.contextmanager

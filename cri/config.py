@@ -143,6 +143,12 @@ class RuntimeHandler:
         (),
         'Options of the OCI runtime that precede each of its commands, such as "--config=/etc/kata/qemu.toml".',
     )
+    sandbox_by_runtime: bool = setting(
+        kinds.FLAG,
+        False,
+        "The OCI runtime makes pod sandboxes itself, and all containers of a pod live in its one process: gVisor's"
+        " runsc, or one with its command line.",
+    )
     no_pivot: bool = setting(
         kinds.FLAG,
         False,
@@ -267,10 +273,26 @@ class ImageSection:
     policy: Path = setting(
         kinds.PATH,
         Path("/etc/containers/policy.json"),
-        "Which images may be pulled (containers-policy.json(5)); none: all.",
+        "Which images may be pulled and run (containers-policy.json(5)); none: all.",
+    )
+    policy_dir: Path = setting(
+        kinds.PATH,
+        Path("/etc/crito/policies"),
+        "Directory of NAMESPACE.json: the policy of a namespace's pods, instead of `policy`.",
+    )
+    registries_d: Path = setting(
+        kinds.PATH,
+        Path("/etc/containers/registries.d"),
+        "Where the signatures of images lie (containers-registries.d(5)).",
     )
     auth_file: Path | None = setting(
         kinds.OPTIONAL_PATH, None, "Registry credentials for pulls that bring none (containers-auth.json(5))."
+    )
+    namespaced_auth_dir: Path | None = setting(
+        kinds.OPTIONAL_PATH,
+        None,
+        "Directory of auth files for one pull each, NAMESPACE-<SHA-256 of the image's name>.json, as CRI-O's credential"
+        " provider for kubelet writes them (to /etc/crio/auth); empty: none. Used instead of auth_file, then gone.",
     )
     certs_dir: Path = setting(
         kinds.PATH, Path("/etc/containers/certs.d"), "Directories HOST[:PORT] with ca.crt, client.cert and client.key."
@@ -289,6 +311,12 @@ class ImageSection:
         kinds.REGISTRY_LIMITS,
         (),
         'Layers of one registry that are fetched at once, and their bytes per second: "HOST layers=2 rate=10MiB".',
+    )
+    additional_image_stores: tuple[Path, ...] = setting(
+        kinds.PATHS,
+        (),
+        "Image stores to be used and never changed: the `images` directories of other roots, such as one that is baked"
+        " into the node's image. What is wrong with one is logged, and does not stop the daemon.",
     )
     bundle_dir: Path | None = setting(
         kinds.OPTIONAL_PATH,

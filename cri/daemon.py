@@ -63,6 +63,7 @@ from oci.linux import cgroup, lsm, node
 from oci.linux.systemd import Systemd
 from oci.rootfs import Rootfs
 from oci.runtime import Runtime
+from oci.sandbox_container import SandboxContainers
 from oci.spec import Defaults
 from oci.state import Database, Records
 from oci.status import REASON_OOM_KILLED
@@ -335,6 +336,9 @@ class Daemon:
             "defaultRuntimeHandler": self._handlers.default,
             "runtimeHandlers": {handler.name: str(handler.runtime.path) for handler in self._handlers.all()},
             "cniConfDir": str(self._config.network.conf_dir),
+            "additionalImageStores": {
+                str(each.path): each.trouble or f"{each.images} images" for each in self._images.additional_stores
+            },
         }
 
 
@@ -435,6 +439,7 @@ async def _build(config: Config, stack: contextlib.AsyncExitStack) -> Daemon:
         fork_server,
         network,
         PodCgroups(driver, here.cgroups, systemd_bus, mounts),
+        SandboxContainers(driver, here.cgroups, handlers, fork_server, config.runtime.container_create_timeout, mounts),
         events,
         clock,
         mounts,
@@ -555,7 +560,11 @@ def image_settings(config: Config) -> ImageSettings:
         registries_conf=image.registries_conf,
         registries_conf_dir=image.registries_conf_dir,
         policy=image.policy,
+        policy_dir=image.policy_dir,
+        registries_d=image.registries_d,
         auth_file=image.auth_file,
+        namespaced_auth_dir=image.namespaced_auth_dir,
+        additional_stores=image.additional_image_stores,
         certs_dir=image.certs_dir,
         pinned_images=image.pinned_images,
         decryption_keys_path=image.decryption_keys_path,

@@ -20,17 +20,19 @@ from cri.node_messages import (
     PullImage,
     Pulls,
     PullStatus,
+    SaveImages,
     VerifyImages,
     decoder,
     encode,
 )
-from oci.errors import DeadlineExceeded, Error, NotFound, Unavailable
+from oci.errors import DeadlineExceeded, Error, FailedPrecondition, NotFound, Unavailable
 
 SHORT_TIMEOUT_S = 10.0
 MESSAGE_LIMIT_BYTES = 64 << 20
 
 _KINDS: dict[grpc.StatusCode, type[Error]] = {
     grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
 }
@@ -54,6 +56,9 @@ class NodeClient:
 
     def load(self, request: LoadImage) -> Iterator[ImageEvent]:
         return self._stream("LoadImage", request)
+
+    def save(self, request: SaveImages) -> Iterator[ImageEvent]:
+        return self._stream("SaveImages", request)
 
     def pulls(self) -> list[PullStatus]:
         answer: list[PullStatus] = self._ask("Pulls", Pulls(), list[PullStatus])

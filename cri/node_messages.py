@@ -28,6 +28,17 @@ class LoadImage:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveImages:
+    """Asks for images in a file: a stream of ImageEvent that ends with what was saved."""
+
+    references: tuple[str, ...]
+    path: str  # as the daemon sees it
+    format: str  # oci-archive, oci-layout, docker-archive
+    username: str = ""
+    password: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Inspect:
     """Asks for a `dict` that describes the daemon."""
 
@@ -108,11 +119,22 @@ class ImageSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class SavedImage:
+    """An image that was written to a file: `id` as it is there, `source_id` as it is here."""
+
+    id: str
+    source_id: str
+    names: tuple[str, ...]
+    regenerated: str = ""  # why its layers were made anew and its id is another; "" where it is an exact copy
+
+
+@dataclass(frozen=True, slots=True)
 class ImageEvent:
-    """One message of a pull or load: its progress, or at the end the images."""
+    """One message of a pull, load or save: its progress, or at the end the images."""
 
     progress: Progress | None = None
     images: tuple[ImageSummary, ...] = ()
+    saved: tuple[SavedImage, ...] = ()
 
 
 def encode(message: Any) -> bytes:

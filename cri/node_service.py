@@ -27,6 +27,8 @@ from cri.node_messages import (
     PullImage,
     Pulls,
     PullStatus,
+    SavedImage,
+    SaveImages,
     VerifyImages,
     decoder,
     encode,
@@ -49,6 +51,7 @@ class NodeService:
         methods = {
             "PullImage": grpc.unary_stream_rpc_method_handler(self.PullImage, decoder(PullImage), encode),
             "LoadImage": grpc.unary_stream_rpc_method_handler(self.LoadImage, decoder(LoadImage), encode),
+            "SaveImages": grpc.unary_stream_rpc_method_handler(self.SaveImages, decoder(SaveImages), encode),
             "Pulls": grpc.unary_unary_rpc_method_handler(self.Pulls, decoder(Pulls), encode),
             "CancelPull": grpc.unary_unary_rpc_method_handler(self.CancelPull, decoder(CancelPull), encode),
             "PinImage": grpc.unary_unary_rpc_method_handler(self.PinImage, decoder(PinImage), encode),
@@ -58,25 +61,37 @@ class NodeService:
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     async def PullImage(self, request: PullImage, context: Context) -> AsyncIterator[ImageEvent]:
-        credentials = Credentials(username=request.username, password=request.password) if request.username else None
-
-        async def pull(told: "_Told") -> tuple[Image, ...]:
-            return (await self._images.pull(request.reference, credentials, on_progress=told.tell),)
+        async def pull(told: "_Told") -> ImageEvent:
+            image = await self._images.pull(request.reference, _credentials(request), on_progress=told.tell)
+            return ImageEvent(images=(_summary(image),))
 
         async for event in _events(pull):
             yield event
 
     async def LoadImage(self, request: LoadImage, context: Context) -> AsyncIterator[ImageEvent]:
-        path = Path(request.path)
-        if not path.is_absolute():
-            raise InvalidArgument(f"path {request.path!r}: expected an absolute path")
+        path = _absolute(request.path)
 
-        async def load(told: "_Told") -> tuple[Image, ...]:
-            return await self._changes.run(
+        async def load(told: "_Told") -> ImageEvent:
+            images = await self._changes.run(
                 f"load {path}", lambda: self._images.load(path, request.reference or None, on_progress=told.tell)
             )
+            return ImageEvent(images=tuple(_summary(image) for image in images))
 
         async for event in _events(load):
+            yield event
+
+    async def SaveImages(self, request: SaveImages, context: Context) -> AsyncIterator[ImageEvent]:
+        path = _absolute(request.path)
+
+        async def save(told: "_Told") -> ImageEvent:
+            saved = await self._images.save(
+                request.references, path, request.format, _credentials(request), on_progress=told.tell
+            )
+            return ImageEvent(
+                saved=tuple(SavedImage(each.id, each.source_id, each.names, each.regenerated) for each in saved)
+            )
+
+        async for event in _events(save):
             yield event
 
     async def Pulls(self, request: Pulls, context: Context) -> list[PullStatus]:
@@ -97,7 +112,7 @@ class NodeService:
 
 
 class _Told:
-    """The latest that was said of a pull or load and not yet passed on."""
+    """The latest that was said of a pull, load or save and not yet passed on."""
 
     def __init__(self) -> None:
         self._latest: Progress | None = None
@@ -110,8 +125,8 @@ class _Told:
         return latest
 
 
-async def _events(work: Callable[[_Told], Coroutine[Any, Any, tuple[Image, ...]]]) -> AsyncIterator[ImageEvent]:
-    """Progress while `work` runs, then its images; a caller that goes away cancels it."""
+async def _events(work: Callable[[_Told], Coroutine[Any, Any, ImageEvent]]) -> AsyncIterator[ImageEvent]:
+    """Progress while `work` runs, then its last event; a caller that goes away cancels it."""
     told = _Told()
     task = asyncio.create_task(work(told))
     try:
@@ -119,14 +134,25 @@ async def _events(work: Callable[[_Told], Coroutine[Any, Any, tuple[Image, ...]]
             await asyncio.wait([task], timeout=PROGRESS_INTERVAL_S)
             if progress := told.take():
                 yield ImageEvent(progress=progress)
-        images = task.result()
+        last = task.result()
         if progress := told.take():  # the last word: that all has come
             yield ImageEvent(progress=progress)
-        yield ImageEvent(images=tuple(_summary(image) for image in images))
+        yield last
     finally:
         if not task.done():
             task.cancel()
             await asyncio.wait([task])
+
+
+def _absolute(text: str) -> Path:
+    path = Path(text)
+    if not path.is_absolute():
+        raise InvalidArgument(f"path {text!r}: expected an absolute path")
+    return path
+
+
+def _credentials(request: PullImage | SaveImages) -> Credentials | None:
+    return Credentials(username=request.username, password=request.password) if request.username else None
 
 
 def _progress(progress: ImagesProgress) -> Progress:

@@ -37,12 +37,7 @@ class Bundles:
     def write(self, id: ContainerId, config: Mapping[str, Any]) -> Path:
         """Write the runtime-spec, all of it or nothing; the bundle's directory comes back."""
         path = self.make(id)
-        new = path / f"{CONFIG}.new"
-        # Values of the environment may be bytes of any kind; surrogateescape turns them back into what they were.
-        text = json.dumps(config, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogateescape")
-        new.touch(mode=0o600)
-        new.write_bytes(text)
-        new.replace(path / CONFIG)
+        write_config(path, config)
         return path
 
     def read(self, id: ContainerId) -> dict[str, Any]:
@@ -64,3 +59,13 @@ class Bundles:
             return sorted(ContainerId(entry.name) for entry in self._directory.iterdir() if entry.is_dir())
         except FileNotFoundError:
             return []
+
+
+def write_config(bundle: Path, config: Mapping[str, Any]) -> None:
+    """Write the runtime-spec into a directory that exists, all of it or nothing."""
+    new = bundle / f"{CONFIG}.new"
+    # Values of the environment may be bytes of any kind; surrogateescape turns them back into what they were.
+    text = json.dumps(config, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogateescape")
+    new.touch(mode=0o600)
+    new.write_bytes(text)
+    new.replace(bundle / CONFIG)

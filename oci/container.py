@@ -29,6 +29,7 @@ class ContainerRecord:
     status: ContainerStatus = ContainerStatus()
     cgroups_path: str = ""  # as the runtime-spec has it, where a hook has put the container elsewhere
     restored_from: str = ""  # the checkpoint whose processes it has, or will have once started
+    in_sandbox: bool = False  # its process is that of the sandbox which the OCI runtime has made for the pod
     is_released: bool = False  # the OCI runtime's state, the cgroup and the mounts are gone
     is_removing: bool = False  # a remove was asked for: not listed any more, to be finished after a crash
 

@@ -80,6 +80,7 @@ class Mount:
     uid_mappings: tuple[IdMapping, ...] = ()
     gid_mappings: tuple[IdMapping, ...] = ()
     image: str = ""  # image volume: what to mount instead of a host path
+    image_name: str = ""  # as the pod's author wrote it, where that is another one
     image_sub_path: str = ""
     options: tuple[str, ...] = ()  # of noexec, nodev, nosuid (CRI mount_options)
 
@@ -189,4 +190,5 @@ class PodEnvironment:
     privileged: bool
     user_namespace: UserNamespace | None = None
     selinux: SELinuxLabel | None = None
+    runtime_sandbox: bool = False  # its containers live in a sandbox that the OCI runtime has made
     annotations: Mapping[str, str] = field(default_factory=dict)

@@ -33,6 +33,7 @@ from oci.errors import (
     InvalidArgument,
     NotFound,
     Unavailable,
+    Unimplemented,
 )
 from oci.events import Bus, Event, EventKind
 from oci.exit_records import ExitRecord, forget_orphan_exits, read_exit_record, wait_orphan_exit
@@ -46,7 +47,7 @@ from oci.linux.node import Node
 from oci.monitor_client import ExecResult, InitProcess, Monitor
 from oci.preparation import ImageToRun, Preparation
 from oci.rootfs import Rootfs
-from oci.runtime import Runtime
+from oci.runtime import Runtime, Usage
 from oci.state import Records, Unreadable
 from oci.status import ContainerState
 
@@ -57,6 +58,7 @@ DELETE_TIMEOUT_S = 15.0  # of the OCI runtime's delete
 END_TIMEOUT_S = 5.0  # for processes that were killed to leave their cgroup
 DISCARD_WAIT_S = 5.0  # how long a failed CreateContainer waits for its own cleanup before it answers
 UNRESTORED_POLL_S = 0.2  # a restore that nobody waits for any more
+_LOST_LINES = "its monitor was lost before it ended: the log may lack lines"
 KILL_RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # after SIGKILL, until the kernel lets the process go
 
 
@@ -197,6 +199,7 @@ class Containers:
             requested_at=self._clock.now(),
             status=status.ContainerStatus(resources=wanted.resources),
             restored_from=str(checkpoint.source) if checkpoint is not None else "",
+            in_sandbox=pod.runtime_sandbox,
         )
         existing = self._named(record)
         if existing is not None:
@@ -238,7 +241,7 @@ class Containers:
         await self._records.put(id, container.record)
         self._hold_images(container.record)
         handler = self._handlers.resolve(container.record.runtime_handler)
-        target_pid_ns = self._target_pid_ns(container.record)
+        target_pid_ns = await self._target_pid_ns(container.record)
         user, config = await self._preparation.build(container.record, pod, image, handler, devices, target_pid_ns)
         container.record = replace(container.record, user=user)
         if checkpoint is not None:
@@ -274,6 +277,8 @@ class Containers:
                 create_command=command,
                 create_options=handler.runtime.create_options,
                 cgroup_procs=handler.monitor_cgroup_procs,
+                in_sandbox=container.record.in_sandbox,
+                has_helpers=container.record.in_sandbox,
                 environment=environment,
             )
         )
@@ -292,16 +297,19 @@ class Containers:
             record, cgroups_path="" if path == ours else path, status=replace(record.status, resources=limits)
         )
 
-    def _target_pid_ns(self, record: ContainerRecord) -> str:
-        """The PID namespace that the container joins (CRI mode TARGET), as a path; "" for the other modes."""
+    async def _target_pid_ns(self, record: ContainerRecord) -> str | None:
+        """The PID namespace that the container joins (CRI mode TARGET), as a path; None for the other modes."""
         security = record.spec.security
         if security.pid is not NamespaceMode.TARGET:
-            return ""
+            return None
         target = self.get(security.target_id)
         if target.record.sandbox_id != record.sandbox_id:
             raise InvalidArgument(f"namespace_options.target_id: {security.target_id!r} is not in the same pod")
         if target.state is not ContainerState.RUNNING:
             raise FailedPrecondition(f"namespace_options.target_id: {security.target_id!r} is {target.state}")
+        if target.record.in_sandbox:
+            namespaces = (await self.runtime_spec(target))["linux"]["namespaces"]
+            return next((str(each["path"]) for each in namespaces if each["type"] == "pid"), "")
         return f"/proc/{target.record.status.pid}/ns/pid"
 
     # Restore from a checkpoint
@@ -391,7 +399,7 @@ class Containers:
             except Error as error:
                 if not await self._has_started(container):
                     await self._set(container, status.with_failed_start(container.record.status, now, str(error)))
-                    self._kill(container, signal.SIGKILL)
+                    await self._kill(container, signal.SIGKILL)
                     raise
             await self._set(container, started)
             self._publish(EventKind.STARTED, container)
@@ -428,7 +436,7 @@ class Containers:
         loop = asyncio.get_running_loop()
         assert container.stop_deadline is not None
         if container.state is ContainerState.RUNNING and container.stop_deadline > loop.time():
-            self._kill(container, signals.number(container.record.stop_signal))
+            await self._kill(container, signals.number(container.record.stop_signal))
             while (left := container.stop_deadline - loop.time()) > 0 and not container.exited.is_set():
                 container.stop_changed.clear()
                 await _first_of(container.exited.wait(), container.stop_changed.wait(), timeout_s=left)
@@ -438,7 +446,7 @@ class Containers:
             has_process = container.state is not ContainerState.UNKNOWN and container.record.status.pid
             if not has_process and await self._end_without_process(container):
                 return
-            self._kill(container, signal.SIGKILL)
+            await self._kill(container, signal.SIGKILL)
             try:
                 await asyncio.wait_for(container.exited.wait(), pause_s)
             except TimeoutError:
@@ -473,11 +481,23 @@ class Containers:
             " (uninterruptible: it waits for a device or a dead file server)" if state == "D" else "",
         )
 
-    def _kill(self, container: Container, number: int) -> None:
+    async def _kill(self, container: Container, number: int) -> None:
         """Send a signal to the container's init, and to no other process that may have got its pid."""
-        if container.pidfd >= 0:
+        if container.record.in_sandbox:
+            with contextlib.suppress(Error):  # it has ended, or its sandbox has
+                await self._kill_in_sandbox(container, number)
+        elif container.pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):  # it has ended: the exit is on its way
                 signal.pidfd_send_signal(container.pidfd, number)
+
+    async def _kill_in_sandbox(self, container: Container, number: int) -> None:
+        if container.monitor is not None:
+            try:
+                return await container.monitor.kill(number)
+            except Unavailable as error:
+                _log.debug("the monitor of container %s cannot kill it: %s", container.id, error)
+        runtime = self._handlers.resolve(container.record.runtime_handler).runtime
+        await runtime.kill(container.id, number, everything=number == signal.SIGKILL)
 
     # Remove
 
@@ -510,10 +530,14 @@ class Containers:
     # Exit: the one path upward
 
     def _watch(self, container: Container) -> None:
+        if not container.record.in_sandbox:
+            self._open_pidfd(container)
+        container.watch_task = self._background.start(self._until_exit(container), f"exit of container {container.id}")
+
+    def _open_pidfd(self, container: Container) -> None:
         current = container.record.status
         with contextlib.suppress(ProcessLookupError):  # it ended before anybody looked; the monitor knows how
             container.pidfd = proc.pidfd(current.pid, current.pid_start_time)
-        container.watch_task = self._background.start(self._until_exit(container), f"exit of container {container.id}")
 
     async def _until_exit(self, container: Container) -> None:
         exit = await self._exit_of(container)
@@ -522,7 +546,11 @@ class Containers:
                 ended = status.with_lost_exit(container.record.status, self._clock.now(), exit.reason, exit.message)
             else:
                 ended = status.with_exit(
-                    container.record.status, exit.finished_at, exit.exit_code, exit.oom_killed, exit.message
+                    container.record.status,
+                    exit.finished_at or self._clock.now(),
+                    exit.exit_code,
+                    exit.oom_killed,
+                    exit.message,
                 )
             await self._set(container, ended)
         if container.pidfd >= 0:
@@ -543,13 +571,27 @@ class Containers:
         record = await self._pooled(read_exit_record, self._settings.run_dir / container.id)
         if record is not None:
             return _exit_from(record)
+        if container.record.in_sandbox:
+            return await self._exit_in_sandbox(container)
         last = container.record.status
         try:
             orphan = await wait_orphan_exit(self._settings.run_dir.parent, last.pid, last.pid_start_time)
         except Unavailable as error:
             return _Lost(status.REASON_MONITOR_LOST, f"its monitor was lost, so nobody saw how it ended: {error}")
-        message = "its monitor was lost before it ended: the log may lack lines"
-        return _Exit(orphan.finished_at, orphan.exit_code, False, message)
+        return _Exit(orphan.finished_at, orphan.exit_code, False, _LOST_LINES)
+
+    async def _exit_in_sandbox(self, container: Container) -> "_Exit | _Lost":
+        """How a container in a sandbox ended whose monitor was lost: its runtime can tell whoever asks."""
+        handler = self._handlers.find(container.record.runtime_handler)
+        reason = "its runtime handler is not configured any more"
+        if handler is not None and container.state is ContainerState.RUNNING:
+            try:
+                return _Exit(0, await handler.runtime.wait(container.id), False, _LOST_LINES)
+            except Error as error:
+                reason = str(error)
+        elif handler is not None:
+            reason = "it was never started"
+        return _Lost(status.REASON_MONITOR_LOST, f"its monitor was lost, so nobody saw how it ended: {reason}")
 
     # Release: what an ended container no longer needs
 
@@ -581,6 +623,8 @@ class Containers:
         """Let the OCI runtime forget the container; do by hand what one that fails or hangs does not."""
         try:
             await runtime.delete(container.id, DELETE_TIMEOUT_S)
+            if container.record.in_sandbox:
+                await self._pooled(runtime.forget, container.id)
         except Error as error:
             _log.warning("container %s: %s; ending it without the runtime", container.id, error)
             await self._pooled(self._end_without, runtime, self.cgroup_path(container), container.id)
@@ -588,10 +632,14 @@ class Containers:
     def _end_without(self, runtime: Runtime, cgroup_path: str, id: ContainerId) -> None:
         self._node.cgroups.kill(cgroup_path)
         self._node.cgroups.remove(cgroup_path, END_TIMEOUT_S)
-        tree.remove(runtime.root / id)
+        runtime.forget(id)
 
     def _unmount(self, id: ContainerId) -> None:
         self._preparation.unmount(id)
+        self.forget_orphans()
+
+    def forget_orphans(self) -> None:
+        """Forget the ends of processes that were nobody's, such as the helpers of a sandbox; in a pool."""
         forget_orphan_exits(self._settings.run_dir.parent, self._running())
 
     def _running(self) -> list[tuple[int, int]]:
@@ -625,6 +673,16 @@ class Containers:
         except DeadlineExceeded:
             raise DeadlineExceeded(f"command {' '.join(command)!r} timed out after {timeout_s} s") from None
 
+    async def usage_in_sandbox(self, container: Container) -> Usage | None:
+        """What a container uses whose process is its pod's sandbox; None where its runtime does not tell."""
+        handler = self._handlers.find(container.record.runtime_handler)
+        if handler is None or container.state is not ContainerState.RUNNING:
+            return None
+        try:
+            return await handler.runtime.usage(container.id)
+        except (Error, ValueError):
+            return None  # it has ended meanwhile, or the runtime speaks otherwise
+
     async def runtime_spec(self, container: Container) -> dict[str, Any]:
         """The config.json that the OCI runtime was given. Raises NotFound once the bundle is gone."""
         config: dict[str, Any] = await self._pooled(self._bundles.read, container.id)
@@ -646,6 +704,11 @@ class Containers:
         async with container.lock:
             _require_alive(container)
             handler = self._handlers.resolve(container.record.runtime_handler)
+            if container.record.in_sandbox:
+                raise Unimplemented(
+                    f"runtime_handler: {handler.name!r} cannot change the limits of one container in its sandbox; those"
+                    " of the pod hold"
+                )
             limits = spec.update_resources(changes, self._node, handler.features)
             await handler.runtime.update(container.id, limits)
             if changes.oom_score_adj is not None:  # no cgroup holds it: it is each process's own
@@ -745,7 +808,7 @@ class Containers:
 
 @dataclass(frozen=True, slots=True)
 class _Exit:
-    finished_at: int
+    finished_at: int  # 0: just now
     exit_code: int
     oom_killed: bool
     message: str

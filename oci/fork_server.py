@@ -59,6 +59,8 @@ class MonitorRequest:
     cgroup_procs: tuple[str, ...] = ()  # cgroup.procs files that take the monitor
     oom_score_adj: int = -999  # raised to what the kernel permits; what the monitor starts does not inherit it
     exec_cgroup: bool = True  # on cgroup v2 an exec gets a sub-cgroup; the runtime must know `exec --cgroup`
+    in_sandbox: bool = False  # its process is its pod's sandbox: the runtime's `wait` tells its end, `kill` ends it
+    has_helpers: bool = False  # the runtime leaves processes of its own, which it ends when it deletes the container
     environment: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_ENVIRONMENT))  # the runtime's
 
 
@@ -140,6 +142,8 @@ class ForkServer:
                 "cgroup_procs": list(request.cgroup_procs),
                 "oom_score_adj": request.oom_score_adj,
                 "exec_cgroup": request.exec_cgroup,
+                "in_sandbox": request.in_sandbox,
+                "has_helpers": request.has_helpers,
             }
             await connection.call("monitor", fds={"listener": listener.fileno()}, config=config)
 

@@ -70,7 +70,7 @@ class Preparation:
         image: ImageToRun,
         handler: Handler,
         devices: Edits,
-        target_pid_ns: str,
+        target_pid_ns: str | None,
     ) -> tuple[passwd.User, dict[str, Any]]:
         """The container's user, and config.json as far as image, CRI, node and handler decide it."""
         wanted = record.spec
@@ -91,7 +91,7 @@ class Preparation:
         image: ImageToRun,
         found: host.HostObjects,
         handler: Handler,
-        target_pid_ns: str,
+        target_pid_ns: str | None,
     ) -> tuple[passwd.User, dict[str, Any]]:
         """Mount the root filesystem, build the runtime-spec; in a pool. What half of it leaves a release takes away."""
         id, wanted = record.id, record.spec

@@ -17,6 +17,7 @@ from oci.container_spec import ContainerId, IdMapping, UserNamespace
 from oci.errors import FailedPrecondition, InvalidArgument
 from oci.linux import lsm, mount, syscalls, tree
 from oci.linux.tree import Usage
+from oci.projects import Projects
 
 _OPTIONS = ("index=off",)  # with the index, a layer in use by one container can be refused to another
 
@@ -36,6 +37,7 @@ class Rootfs:
         self._root = root
         self._run = run
         self._options = tuple(options)
+        self._projects = Projects(root)
 
     def prepare(self) -> None:
         """Keep the mounts below the run directory in this mount namespace. Once, before the first mount.
@@ -47,6 +49,7 @@ class Rootfs:
             directory.mkdir(parents=True, exist_ok=True)
             directory.chmod(0o711)
         mount.make_private_mountpoint(self._run)
+        self._projects.prepare()
 
     def release(self) -> None:
         """Undo `prepare` and every mount that is still there."""
@@ -72,9 +75,12 @@ class Rootfs:
         if mount.is_mountpoint(target):
             return target
         upper, work = self.writable_layer(id), self._root / id / "work"
-        if not upper.exists():
+        is_new = not upper.exists()
+        if is_new:
             _make_like(upper, layers[-1], shift)
         work.mkdir(mode=0o700, exist_ok=True)
+        if is_new:
+            self._projects.give(id, (upper, work))
         target.mkdir(parents=True, exist_ok=True)
         for directory in (self._root / id, self._run / id):
             directory.chmod(0o711)
@@ -95,10 +101,21 @@ class Rootfs:
         """Remove the writable layer and the volumes; the root filesystem is unmounted first if need be."""
         self.unmount(id)
         tree.remove(self._root / id)
+        self._projects.release(id)
+
+    @property
+    def is_accounted(self) -> bool:
+        """Whether the file system keeps account of what containers write."""
+        return self._projects.is_accounted
+
+    def accounted_usage(self, id: ContainerId) -> Usage | None:
+        """What the container has written, by the file system's own account, which costs nothing; None where there is
+        none. The overlay's work directory counts too: three directories more."""
+        return self._projects.usage(id)
 
     def usage(self, id: ContainerId) -> Usage:
-        """What the container has written. Walks the layer: cache it."""
-        return tree.usage(self.writable_layer(id))
+        """What the container has written. Where there is no account it walks the layer: cache it."""
+        return self.accounted_usage(id) or tree.usage(self.writable_layer(id))
 
     def make_working_directory(self, id: ContainerId, path: str, *, shift: Shift | None = None) -> None:
         """Make the process's working directory where the image lacks it; InvalidArgument when a file is there."""

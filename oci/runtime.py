@@ -7,8 +7,8 @@ a runtime can run a container on this host at all.
 import asyncio
 import contextlib
 import json
+import math
 import os
-import platform
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from oci import tiny_program
 from oci.container_spec import ContainerId
 from oci.errors import DeadlineExceeded, Error, FailedPrecondition, NotFound, Unimplemented
 from oci.linux import cgroup, proc, tree
+from oci.monitor.wait import exit_status
 from oci.spec import OCI_VERSION, RuntimeFeatures
 
 _DIRECTORIES = ("/usr/local/bin", "/usr/local/sbin", "/usr/bin", "/usr/sbin", "/bin", "/sbin", "/usr/libexec/crito")
@@ -27,8 +29,13 @@ _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 _CANARY = "canary-"
 _MIN_MEMORY = {"crun": 512_000, "runc": 12 << 20}  # what CRI-O found they need; other runtimes get no check
 
-# Words by which runc and crun say that a container is not there, and that it is not running.
-_NOT_FOUND = ("container does not exist", "/status`: no such file or directory")
+# Words by which runc, crun and runsc say that a container is not there, and that it is not running.
+_NOT_FOUND = (
+    "container does not exist",
+    "/status`: no such file or directory",
+    "loading container: file does not exist",
+    "loading sandbox: file does not exist",
+)
 _NOT_RUNNING = ("not running", "no such process", "process already finished", "process not running", "stopped")
 
 
@@ -39,6 +46,15 @@ class RuntimeState:
     status: str  # creating, created, running, stopped; paused with crun and runc
     pid: int  # 0 when stopped
     bundle: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a runtime that makes sandboxes counts of one container; None is what it does not tell."""
+
+    cpu_ns: int | None
+    memory_bytes: int | None
+    processes: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +78,14 @@ class Runtime:
         *,
         arguments: Sequence[str] = (),
         create_options: Sequence[str] = (),
+        makes_sandboxes: bool = False,
     ) -> None:
         self.name = name
         self.path = path
         self.root = root
         self.driver = driver
         self.create_options = tuple(create_options)  # of the commands that make a container
+        self.makes_sandboxes = makes_sandboxes  # a pod's sandbox is a container of its own, in which the others live
         self._arguments = tuple(arguments)
 
     @property
@@ -111,6 +129,36 @@ class Runtime:
         with contextlib.suppress(NotFound):
             await self._command("delete", *(["--force"] if force else []), id, timeout_s=timeout_s)
 
+    async def wait(self, id: ContainerId) -> int:
+        """The exit code (128 + N for signal N) of a container in a sandbox, once it has ended. Has no deadline.
+
+        Raises Error when its sandbox has died, which nobody can tell more of.
+        """
+        code = exit_status((await self._command("wait", id, timeout_s=math.inf)).decode(errors="replace"))
+        if code is None:
+            raise Error(f"{self.name}: wait {id}: the runtime tells no exit status")
+        return code
+
+    async def usage(self, id: ContainerId, timeout_s: float = 10.0) -> Usage:
+        """What a container in a sandbox uses, as its runtime counts it: the host sees the sandbox only."""
+        said = json.loads(await self._command("events", "--stats", id, timeout_s=timeout_s))
+        data = said.get("data") or {}
+        return Usage(
+            cpu_ns=_number(data, "cpu", "usage", "total"),
+            memory_bytes=_number(data, "memory", "usage", "usage"),
+            processes=_number(data, "pids", "current"),
+        )
+
+    def forget(self, id: str) -> None:
+        """Remove by hand what the runtime still keeps of a container or a sandbox; in a pool.
+
+        runsc leaves the lock file to whichever of its commands was under way beside a delete.
+        """
+        tree.remove(self.root / id)
+        for pattern in (f"{id}_sandbox:*", f"*_sandbox:{id}.*", f"*-{id}.sock"):
+            for path in self.root.glob(pattern):
+                path.unlink(missing_ok=True)
+
     async def update(self, id: ContainerId, resources: Mapping[str, Any], timeout_s: float = 30.0) -> None:
         """Change the limits of a container; `resources` is the runtime-spec's linux.resources."""
         given = json.dumps(resources).encode()
@@ -128,7 +176,9 @@ class Runtime:
         return [int(pid) for pid in json.loads(output) or ()]
 
     async def can_checkpoint(self) -> bool:
-        """Whether the runtime has the commands: crun can be built without CRIU."""
+        """Whether the runtime has the commands: crun can be built without CRIU. Sandboxes have ways of their own."""
+        if self.makes_sandboxes:
+            return False
         with contextlib.suppress(Error):
             return b"--image-path" in await self._command("checkpoint", "--help", timeout_s=10.0)
         return False
@@ -159,7 +209,9 @@ class Runtime:
         cgroups_path = cgroup.runtime_path(self.driver, cgroup_parent, id)
         try:
             await asyncio.to_thread(_write_canary, bundle, cgroups_path)
-            await self._output([*self.argv, "run", *self.create_options, "--bundle", str(bundle), id], timeout_s)
+            # No null device as its stdin: runsc and crun give what they find there to the container's user.
+            command = [*self.argv, "run", *self.create_options, "--bundle", str(bundle), id]
+            await self._output(command, timeout_s, given=b"")
             return Canary(True, "", time.monotonic() - began)
         except (Error, OSError) as error:
             return Canary(False, f"{self.path}: cannot run a container: {error}", time.monotonic() - began)
@@ -205,7 +257,8 @@ class Runtime:
         except OSError as error:
             raise FailedPrecondition(f"{what}: cannot run {argv[0]}: {error.strerror}") from error
         try:
-            output, errors = await asyncio.wait_for(process.communicate(given), timeout_s)
+            patience_s = None if math.isinf(timeout_s) else timeout_s
+            output, errors = await asyncio.wait_for(process.communicate(given), patience_s)
         except TimeoutError:
             raise DeadlineExceeded(f"{what}: the runtime did not end within {timeout_s:g} s and was killed") from None
         finally:
@@ -236,6 +289,13 @@ def features_from(said: Mapping[str, Any], min_memory_bytes: int = 0) -> Runtime
         idmap_mounts=bool(idmap),
         min_memory_bytes=min_memory_bytes,
     )
+
+
+def _number(said: Mapping[str, Any], *path: str) -> int | None:
+    value: Any = said
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, int) else None
 
 
 def error_text(output: bytes) -> str:
@@ -275,39 +335,9 @@ async def _kill(process: asyncio.subprocess.Process) -> None:
 
 # --- the canary's bundle
 
-# Programs of one instruction or three: exit(0). An ELF header, one loadable segment, the code.
-_EXIT = {
-    "x86_64": (62, bytes.fromhex("31ff6a3c580f05")),  # xor edi,edi; push 60; pop rax; syscall
-    "aarch64": (183, bytes.fromhex("000080d2a80b80d2010000d4")),  # mov x0,0; mov x8,93; svc 0
-    "riscv64": (243, bytes.fromhex("130500009308d00573000000")),  # li a0,0; li a7,93; ecall
-}
-
-
-def tiny_program(machine: str = "") -> bytes | None:
-    """A static executable that exits with 0; None for a machine that it is not written for."""
-    known = _EXIT.get(machine or platform.machine())
-    if known is None:
-        return None
-    number, code = known
-    base, header = 0x400000, 64 + 56
-    words = [
-        b"\x7fELF\x02\x01\x01".ljust(16, b"\0"),
-        *(value.to_bytes(2, "little") for value in (2, number)),
-        (1).to_bytes(4, "little"),
-        *(value.to_bytes(8, "little") for value in (base + header, 64, 0)),
-        (4 if number == 243 else 0).to_bytes(4, "little"),  # RISC-V: double-float ABI
-        *(value.to_bytes(2, "little") for value in (64, 56, 1, 0, 0, 0)),
-        *(value.to_bytes(4, "little") for value in (1, 5)),  # PT_LOAD, read and execute
-        *(value.to_bytes(8, "little") for value in (0, base, base, header + len(code), header + len(code), 0x1000)),
-        code,
-    ]
-    return b"".join(words)
-
 
 def _write_canary(bundle: Path, cgroups_path: str) -> None:
-    program = tiny_program()
-    if program is None:
-        raise Unimplemented(f"no canary program for {platform.machine()}")
+    program = tiny_program.that_exits()
     rootfs = bundle / "rootfs"
     rootfs.mkdir(parents=True)
     (rootfs / "canary").write_bytes(program)

@@ -4,7 +4,7 @@ Sources: OCI runtime-spec, config.md and config-linux.md; api.proto, ContainerCo
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -52,6 +52,9 @@ _MASKED = (
 )
 _READONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
+# Capabilities over the node's kernel, which no container in a sandbox reaches; older versions of runsc refuse them.
+_OF_THE_NODES_KERNEL = frozenset({"BPF", "CHECKPOINT_RESTORE", "PERFMON"})
+
 
 @dataclass(frozen=True, slots=True)
 class RuntimeFeatures:
@@ -82,9 +85,8 @@ class Placement:
     cgroups_path: str  # as cgroup.runtime_path gives it
     volumes: Mapping[str, Path] = field(default_factory=dict)  # image VOLUMEs: container path -> host directory
     image_mounts: Mapping[str, Path] = field(default_factory=dict)  # container path -> root or sub path, on the host
-    target_pid_ns: str = ""  # with pid=TARGET
+    target_pid_ns: str | None = None  # with pid=TARGET; "" is the one that the pod's sandbox itself is in
     annotations: Mapping[str, str] = field(default_factory=dict)  # those of the pod that its handler may see
-    is_sandbox: bool = False  # the container is its pod's sandbox, for a runtime that starts a VM
 
 
 def build(
@@ -99,6 +101,8 @@ def build(
     defaults: Defaults = Defaults(),
 ) -> dict[str, Any]:
     """config.json of the container. Raises InvalidArgument, FailedPrecondition with the field and its value."""
+    if pod.runtime_sandbox:
+        node = replace(node, capabilities=node.capabilities - _OF_THE_NODES_KERNEL)
     process = _process(spec, image, pod, node, placement, host, defaults)
     mounts, propagation = _mounts(spec, pod, placement, host, features)
     linux: dict[str, Any] = {
@@ -381,6 +385,8 @@ def _parents(path: str) -> list[str]:
 
 def _namespaces(spec: ContainerSpec, pod: PodEnvironment, node: Node, placement: Placement) -> list[dict[str, str]]:
     namespaces = [{"type": "mount"}]
+    if pod.runtime_sandbox:
+        return [*namespaces, *_namespaces_in_sandbox(spec.security.pid, pod, placement)]
     for kind, path in (("network", pod.net_ns), ("ipc", pod.ipc_ns), ("uts", pod.uts_ns), ("user", pod.user_ns)):
         if path:
             namespaces.append({"type": kind, "path": path})
@@ -390,14 +396,35 @@ def _namespaces(spec: ContainerSpec, pod: PodEnvironment, node: Node, placement:
     return namespaces
 
 
+def _namespaces_in_sandbox(mode: NamespaceMode, pod: PodEnvironment, placement: Placement) -> list[dict[str, str]]:
+    """Of a container whose namespaces its runtime makes, within the pod's sandbox.
+
+    The paths of PID namespaces are mere names to it: containers with the same one share. Those without are in the one
+    of the sandbox, whose pause reaps. Source: gVisor, runsc/boot/loader.go.
+    """
+    namespaces = [{"type": "ipc"}, {"type": "uts"}]
+    if pod.net_ns:
+        namespaces.append({"type": "network", "path": pod.net_ns})
+    match mode:
+        case NamespaceMode.CONTAINER:
+            namespaces.append({"type": "pid", "path": f"/crito/pid/{placement.container_id}"})
+        case NamespaceMode.TARGET:
+            namespaces += _target_pid_namespace(placement)
+    return namespaces
+
+
+def _target_pid_namespace(placement: Placement) -> list[dict[str, str]]:
+    if placement.target_pid_ns is None:
+        raise InvalidArgument("namespace_options: pid is TARGET, but target_id names no running container")
+    return [{"type": "pid", "path": placement.target_pid_ns}] if placement.target_pid_ns else []
+
+
 def _pid_namespace(mode: NamespaceMode, pod: PodEnvironment, placement: Placement) -> list[dict[str, str]]:
     match mode:
         case NamespaceMode.NODE:
             return []
         case NamespaceMode.TARGET:
-            if not placement.target_pid_ns:
-                raise InvalidArgument("namespace_options: pid is TARGET, but target_id names no running container")
-            return [{"type": "pid", "path": placement.target_pid_ns}]
+            return _target_pid_namespace(placement)
         case NamespaceMode.POD if pod.pid_ns:
             return [{"type": "pid", "path": pod.pid_ns}]
         case _:  # the container's own; also where the pod shares none, since the node's would be a way out
@@ -512,23 +539,33 @@ def _seccomp(
     return seccomp.from_profile(host.seccomp, capabilities, node.architecture, name=wanted.localhost)
 
 
+def pod_annotations(kind: str, sandbox_id: str, name: str, namespace: str, uid: str) -> dict[str, str]:
+    """What runtimes that make sandboxes look for, under the names of containerd and of CRI-O.
+
+    `kind` is "sandbox" or "container".
+    """
+    return {
+        "io.kubernetes.cri.container-type": kind,
+        "io.kubernetes.cri.sandbox-id": sandbox_id,
+        "io.kubernetes.cri.sandbox-name": name,
+        "io.kubernetes.cri.sandbox-namespace": namespace,
+        "io.kubernetes.cri.sandbox-uid": uid,
+        "io.kubernetes.cri-o.ContainerType": kind,
+        "io.kubernetes.cri-o.SandboxID": sandbox_id,
+    }
+
+
 def _annotations(spec: ContainerSpec, pod: PodEnvironment, placement: Placement) -> dict[str, str]:
-    """What runtimes that start VMs look for, under the names of containerd and of CRI-O.
+    """What tells the runtime which pod the container is of.
 
     The pod's own annotations are not for the runtime (crun's `run.oci.*` change what it does): only those that the
     handler lists come with the placement.
     """
-    kind = "sandbox" if placement.is_sandbox else "container"
+    name, namespace, uid = (spec.labels.get(f"io.kubernetes.pod.{each}", "") for each in ("name", "namespace", "uid"))
     ours = {
-        "io.kubernetes.cri.container-type": kind,
-        "io.kubernetes.cri.sandbox-id": pod.sandbox_id,
-        "io.kubernetes.cri.sandbox-name": spec.labels.get("io.kubernetes.pod.name", ""),
-        "io.kubernetes.cri.sandbox-namespace": spec.labels.get("io.kubernetes.pod.namespace", ""),
-        "io.kubernetes.cri.sandbox-uid": spec.labels.get("io.kubernetes.pod.uid", ""),
-        "io.kubernetes.cri.container-name": "" if placement.is_sandbox else spec.name,
+        **pod_annotations("container", pod.sandbox_id, name, namespace, uid),
+        "io.kubernetes.cri.container-name": spec.name,
         "io.kubernetes.cri.image-name": spec.image,
-        "io.kubernetes.cri-o.ContainerType": kind,
-        "io.kubernetes.cri-o.SandboxID": pod.sandbox_id,
     }
     if ".slice:" in placement.cgroups_path and "pids.max" not in spec.resources.unified:
         # A scope of systemd's, which crun leaves at DefaultTasksMax whatever the pids limit is.

@@ -11,6 +11,7 @@ from pathlib import Path
 from oci.errors import NotFound
 from oci.linux import cgroup_files
 from oci.linux.cgroup import Cgroups, Hierarchy
+from oci.runtime import Usage
 
 # From here on a v1 limit is "none": the kernel's page counter at its end, whatever the page size.
 _UNLIMITED = 1 << 62
@@ -81,6 +82,19 @@ def read(cgroups: Cgroups, path: str) -> CgroupStats:
     if unified is not None:
         return _read_unified(now, unified.mountpoint / path.strip("/"))
     return _read_v1(now, cgroups, path)
+
+
+def of_usage(usage: Usage) -> CgroupStats:
+    """The same of a container in a sandbox, as far as its runtime counts; it cannot tell what memory could be freed."""
+    memory = usage.memory_bytes
+    return CgroupStats(
+        timestamp=time.time_ns(),
+        cpu=None if usage.cpu_ns is None else Cpu(usage.cpu_ns),
+        memory=None if memory is None else Memory(memory, memory, None, memory, 0, 0),
+        swap=None,
+        io=None,
+        processes=usage.processes,
+    )
 
 
 def cpu_usage(cgroups: Cgroups, path: str) -> tuple[int, int] | None:

@@ -32,6 +32,10 @@ class PodCgroups:
         """Where a pod's parent lies in every hierarchy: the cgroup whose numbers are the pod's."""
         return cgroup.parent_path(self._driver, parent)
 
+    def pause_path(self, parent: str, id: SandboxId) -> str:
+        """Where the pause's cgroup lies in every hierarchy, or that of the sandbox which the OCI runtime makes."""
+        return cgroup.child_path(self._driver, parent, id)
+
     async def prepare(self, parent: str, id: SandboxId) -> tuple[str, ...]:
         """Make the pause's cgroup; the files into which its pid is to be written (none with systemd)."""
         if self._driver is cgroup.Driver.SYSTEMD:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oci.container_spec import NamespaceMode
-from oci.errors import InvalidArgument
+from oci.errors import FailedPrecondition, InvalidArgument
 from sandbox.spec import SandboxSpec
 
 # The sysctls that the kernel keeps per namespace. Source: kernel documentation, admin-guide/sysctl; runc's own list.
@@ -35,9 +35,14 @@ class PodNamespaces:
     user: str = ""
 
 
-def wanted(spec: SandboxSpec) -> tuple[str, ...]:
-    """The kinds of namespaces to make for the pod, by the names of /proc/PID/ns."""
+def wanted(spec: SandboxSpec, *, runtime_sandbox: bool = False) -> tuple[str, ...]:
+    """The kinds of namespaces to make for the pod, by the names of /proc/PID/ns.
+
+    An OCI runtime that makes the sandbox itself needs the network only: the others are of its own making.
+    """
     security = spec.security
+    if runtime_sandbox:
+        return ("net",) if security.network is NamespaceMode.POD else ()
     kinds = []
     if security.user_namespace is not None:
         kinds.append("user")
@@ -50,9 +55,22 @@ def wanted(spec: SandboxSpec) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def pinned(spec: SandboxSpec, pin_dir: Path) -> PodNamespaces:
+def pinned(spec: SandboxSpec, pin_dir: Path, *, runtime_sandbox: bool = False) -> PodNamespaces:
     """Where the namespaces of `spec` are pinned once they were made."""
-    return PodNamespaces(**{kind: str(pin_dir / kind) for kind in wanted(spec)})
+    return PodNamespaces(**{kind: str(pin_dir / kind) for kind in wanted(spec, runtime_sandbox=runtime_sandbox)})
+
+
+def require_possible(spec: SandboxSpec, handler: str) -> None:
+    """Raises FailedPrecondition for what a sandbox that its OCI runtime makes cannot be."""
+    if spec.security.user_namespace is not None:
+        raise FailedPrecondition(
+            f"userns_options: runtime handler {handler!r} makes pod sandboxes itself, without user namespaces"
+        )
+    others = [name for name in normal_sysctls(spec) if not name.startswith(_NET_PREFIX)]
+    if others:
+        raise FailedPrecondition(
+            f"linux.sysctls: runtime handler {handler!r} makes pod sandboxes itself, without {', '.join(others)}"
+        )
 
 
 def normal_sysctls(spec: SandboxSpec) -> dict[str, str]:
@@ -65,13 +83,8 @@ def normal_sysctls(spec: SandboxSpec) -> dict[str, str]:
     result = {}
     for name, value in spec.sysctls.items():
         dotted = _dotted(name.strip())
-        if dotted.startswith(_NET_PREFIX):
-            kind = "net"
-        elif dotted in _IPC_SYSCTLS or dotted.startswith(_IPC_PREFIX):
-            kind = "ipc"
-        elif dotted in _UTS_SYSCTLS:
-            kind = "uts"
-        else:
+        kind = kind_of_sysctl(dotted)
+        if not kind:
             raise InvalidArgument(f"linux.sysctls: {name!r} is not kept per namespace: it would change the node")
         if kind not in kinds:
             raise InvalidArgument(
@@ -79,6 +92,15 @@ def normal_sysctls(spec: SandboxSpec) -> dict[str, str]:
             )
         result[dotted] = value.strip()
     return result
+
+
+def kind_of_sysctl(dotted: str) -> str:
+    """The kind of namespace that keeps a sysctl; "" where none does."""
+    if dotted.startswith(_NET_PREFIX):
+        return "net"
+    if dotted in _IPC_SYSCTLS or dotted.startswith(_IPC_PREFIX):
+        return "ipc"
+    return "uts" if dotted in _UTS_SYSCTLS else ""
 
 
 def _dotted(name: str) -> str:

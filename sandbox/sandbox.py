@@ -39,6 +39,7 @@ class SandboxRecord:
     lost_at: int | None = None  # its pause ended, or the node rebooted
     stopped_at: int | None = None  # no process, no network any more; files and records stay until the removal
     is_removing: bool = False
+    runtime_sandbox: bool = False  # the OCI runtime makes it, and its process stands for the pause
 
     @property
     def state(self) -> SandboxState:

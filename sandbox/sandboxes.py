@@ -25,7 +25,8 @@ from oci.errors import AlreadyExists, Error, FailedPrecondition, NotFound
 from oci.events import Bus, Event, EventKind
 from oci.fork_server import ForkServer, PodRequest
 from oci.linux import proc
-from oci.pause import kill_pause, read_pod_process, remove_pins
+from oci.pause import PodProcess, kill_pause, read_pod_process, remove_pins
+from oci.sandbox_container import SandboxContainer, SandboxContainers
 from oci.state import Records, Unreadable
 from sandbox import files, namespaces
 from sandbox.cgroup import PodCgroups
@@ -38,6 +39,7 @@ from sandbox.spec import SandboxSpec
 _log = logging.getLogger(__name__)
 
 PAUSE_OOM_SCORE_ADJ = -998  # the pause goes last: without it the pod's PID namespace is gone
+RELEASE_WAIT_S = 20.0  # for the OCI runtime to delete a pod's containers before the sandbox that they live in
 DISCARD_WAIT_S = 5.0  # how long a failed RunPodSandbox waits for its own cleanup before it answers
 
 
@@ -60,6 +62,7 @@ class Sandboxes:
         fork_server: ForkServer,
         network: PodNetwork,
         cgroups: PodCgroups,
+        runtime_sandboxes: SandboxContainers,
         events: Bus[Event],
         clock: Clock,
         mounts: Executor,
@@ -70,6 +73,7 @@ class Sandboxes:
         self._fork_server = fork_server
         self._network = network
         self._cgroups = cgroups
+        self._runtime_sandboxes = runtime_sandboxes
         self._events = events
         self._clock = clock
         self._mounts = mounts
@@ -121,7 +125,7 @@ class Sandboxes:
     def environment(self, sandbox: Sandbox) -> PodEnvironment:
         """What the pod gives each of its containers."""
         record = sandbox.record
-        pinned = namespaces.pinned(record.spec, self._pin_dir(record.id))
+        pinned = namespaces.pinned(record.spec, self._pin_dir(record.id), runtime_sandbox=record.runtime_sandbox)
         pod_files = files.paths(record.spec, self._directory(record.id))
         security = record.spec.security
         return PodEnvironment(
@@ -142,11 +146,16 @@ class Sandboxes:
             user_namespace=security.user_namespace,
             selinux=security.selinux,
             annotations=record.spec.annotations,
+            runtime_sandbox=record.runtime_sandbox,
         )
 
     def cgroup_path(self, sandbox: Sandbox) -> str:
         """The cgroup whose numbers are the pod's."""
         return self._cgroups.path(sandbox.record.cgroup_parent)
+
+    def process_cgroup_path(self, sandbox: Sandbox) -> str:
+        """The cgroup of the pod's pause; of all its processes where the OCI runtime has made the sandbox."""
+        return self._cgroups.pause_path(sandbox.record.cgroup_parent, sandbox.id)
 
     def has_own_cgroup(self, sandbox: Sandbox) -> bool:
         """Whether `cgroup_path` holds this pod alone: kubelet's pod cgroup or ours, not the default slice."""
@@ -165,6 +174,9 @@ class Sandboxes:
         id = SandboxId(secrets.token_hex(32))
         cgroup_parent, owned = self._cgroups.parent(spec.cgroup_parent, id)
         namespaces.normal_sysctls(spec)
+        runtime_sandbox = self._runtime_sandboxes.serves(handler)
+        if runtime_sandbox:
+            namespaces.require_possible(spec, handler)
         record = SandboxRecord(
             id=id,
             spec=spec,
@@ -175,6 +187,7 @@ class Sandboxes:
             requested_at=self._clock.now(),
             overhead=spec.overhead,
             resources=spec.resources,
+            runtime_sandbox=runtime_sandbox,
         )
         existing = self._named(record)
         if existing is not None:
@@ -210,11 +223,14 @@ class Sandboxes:
         id, spec = sandbox.id, sandbox.record.spec
         await self._set(sandbox, sandbox.record)
         await self._pooled(self._make_directories, sandbox.record)
-        await self._make_pause(sandbox)
+        await self._make_namespaces(sandbox)
         if spec.security.network is NamespaceMode.POD:
             await self._join_networks(sandbox)
         record = sandbox.record
         await self._pooled(files.write, spec, self._directory(id), record.hostname, record.ips)
+        if record.runtime_sandbox:
+            sandbox_process = await self._runtime_sandboxes.make(self._runtime_sandbox(record))
+            await self._set_pause(sandbox, sandbox_process)
         await self.hooks.running(sandbox)
         await self._set(sandbox, replace(sandbox.record, ready_at=self._clock.now()))
         self._watch_pause(sandbox)
@@ -224,9 +240,11 @@ class Sandboxes:
         if record.spec.log_directory:
             Path(record.spec.log_directory).mkdir(parents=True, exist_ok=True)
 
-    async def _make_pause(self, sandbox: Sandbox) -> None:
+    async def _make_namespaces(self, sandbox: Sandbox) -> None:
+        """The pod's namespaces, with a pause in them where nothing else will be."""
         record, spec = sandbox.record, sandbox.record.spec
-        kinds = namespaces.wanted(spec)
+        kinds = namespaces.wanted(spec, runtime_sandbox=record.runtime_sandbox)
+        has_pause = not record.runtime_sandbox and ("pid" in kinds or not self._settings.drop_pause)
         mappings = spec.security.user_namespace
         pause = await self._fork_server.make_pod(
             PodRequest(
@@ -234,25 +252,43 @@ class Sandboxes:
                 namespaces=kinds,
                 pin_dir=self._pin_dir(record.id),
                 hostname=record.hostname if "uts" in kinds else "",
-                sysctls=self._sysctls(spec),
+                sysctls=self._sysctls(spec, kinds),
                 uids=mappings.uids if mappings else (),
                 gids=mappings.gids if mappings else (),
                 pause_path=self._settings.pause_path,
-                keep_process="pid" in kinds or not self._settings.drop_pause,
+                keep_process=has_pause,
                 cgroup_procs=await self._cgroups.prepare(record.cgroup_parent, record.id),
                 oom_score_adj=PAUSE_OOM_SCORE_ADJ,
             )
         )
-        await self._set(sandbox, replace(record, pause_pid=pause.pid, pause_start_time=pause.start_time))
+        await self._set_pause(sandbox, pause)
         await self._cgroups.place(record.cgroup_parent, record.id, pause.pid)
 
-    def _sysctls(self, spec: SandboxSpec) -> dict[str, str]:
+    async def _set_pause(self, sandbox: Sandbox, process: PodProcess) -> None:
+        await self._set(sandbox, replace(sandbox.record, pause_pid=process.pid, pause_start_time=process.start_time))
+
+    def _runtime_sandbox(self, record: SandboxRecord) -> SandboxContainer:
+        return SandboxContainer(
+            id=record.id,
+            directory=self._directory(record.id) / "sandbox",
+            handler=record.runtime_handler,
+            name=record.spec.name,
+            namespace=record.spec.namespace,
+            uid=record.spec.uid,
+            hostname=record.hostname,
+            net_ns=namespaces.pinned(record.spec, self._pin_dir(record.id), runtime_sandbox=True).net,
+            cgroup_parent=record.cgroup_parent,
+            annotations=record.spec.annotations,
+        )
+
+    def _sysctls(self, spec: SandboxSpec, kinds: tuple[str, ...]) -> dict[str, str]:
         """The pod's sysctls over those that the configuration gives to every pod with the namespace for them."""
         result = {}
         for name, value in self._settings.default_sysctls:
             with contextlib.suppress(Error):
                 result.update(namespaces.normal_sysctls(replace(spec, sysctls={name: value})))
-        return {**result, **namespaces.normal_sysctls(spec)}
+        result.update(namespaces.normal_sysctls(spec))
+        return {name: value for name, value in result.items() if namespaces.kind_of_sysctl(name) in kinds}
 
     async def _join_networks(self, sandbox: Sandbox) -> None:
         request = self._network_request(sandbox)
@@ -267,6 +303,8 @@ class Sandboxes:
         """End every process of the pod and give its addresses back. Stopped already is success."""
         containers = [each for each in self._containers.of(sandbox.id) if not each.exited.is_set()]
         await asyncio.gather(*(self._containers.stop(each, 0) for each in containers))
+        if sandbox.record.runtime_sandbox:  # which can delete a container only while it lives
+            await self._until_released(sandbox)
         async with sandbox.lock:
             if sandbox.record.stopped_at is not None:
                 return
@@ -275,9 +313,20 @@ class Sandboxes:
             await self._set(sandbox, replace(sandbox.record, stopped_at=self._clock.now()))
         self._publish(EventKind.STOPPED, sandbox)
 
+    async def _until_released(self, sandbox: Sandbox) -> None:
+        releases = [asyncio.create_task(each.released.wait()) for each in self._containers.of(sandbox.id)]
+        if releases:
+            _, late = await asyncio.wait(releases, timeout=RELEASE_WAIT_S)
+            for each in late:
+                each.cancel()
+
     async def _release(self, sandbox: Sandbox) -> None:
-        """Network, pause, namespaces, cgroup: as much as there is of each, in this order."""
+        """The runtime's sandbox, network, pause, namespaces, cgroup: as much as there is of each, in this order."""
         record = sandbox.record
+        if record.runtime_sandbox:
+            await self._runtime_sandboxes.remove(self._runtime_sandbox(record))
+            if record.pause_pid:  # what has outlived that, outside of the cgroup
+                await kill_pause(record.pause_pid, record.pause_start_time)
         if record.attachments:
             await self._network.remove(self._network_request(sandbox), record.attachments)
         pause = await self._pooled(read_pod_process, self._pin_dir(record.id))
@@ -300,6 +349,8 @@ class Sandboxes:
     async def _delete(self, sandbox: Sandbox) -> None:
         record = sandbox.record
         await self._pooled(files.remove, self._directory(record.id))
+        if record.runtime_sandbox:
+            await self._pooled(self._containers.forget_orphans)
         if record.owns_cgroup_parent:
             await self._cgroups.remove_parent(record.cgroup_parent)
         await self._records.delete(record.id)
@@ -333,7 +384,8 @@ class Sandboxes:
         async with sandbox.lock:
             if sandbox.record.stopped_at is not None:
                 return
-            _log.warning("the pause of pod sandbox %s has ended: the pod is not ready any more", sandbox.id)
+            what = "process" if sandbox.record.runtime_sandbox else "pause"
+            _log.warning("the %s of pod sandbox %s has ended: the pod is not ready any more", what, sandbox.id)
             await self._set(sandbox, replace(sandbox.record, lost_at=self._clock.now()))
         self._publish(EventKind.STOPPED, sandbox)
 

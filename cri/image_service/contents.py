@@ -9,11 +9,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cri.image_service.manifest import Descriptor, Manifest, is_digest
+from cri.image_service.manifest import Descriptor, Manifest, is_digest, parse
 from cri.image_service.snapshots import directory_name
+from cri.image_service.store import ImageRecord
 from cri.image_service.unpack import clean_path
 from oci.errors import Error
-from oci.image import ImageConfig
+from oci.image import ImageConfig, from_json
 
 # The second is the CNCF model specification's.
 _PATH_ANNOTATIONS = ("org.opencontainers.image.title", "org.cncf.model.filepath")
@@ -43,6 +44,32 @@ class Artifact:
 
     type: str
     files: tuple[Content, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What an image's documents say: a config, or an artifact; and what its layers become."""
+
+    config: ImageConfig
+    artifact: Artifact | None
+    contents: tuple[Content, ...] = ()
+
+
+def described_by(record: ImageRecord) -> Described:
+    """Without contents. Raises Error where the documents are broken."""
+    if record.is_artifact:
+        return Described(ImageConfig(), artifact_of(record.manifest, record.media_type, f"image {record.id}"))
+    return Described(from_json(record.config), None)
+
+
+def artifact_of(manifest: str, media_type: str, subject: str) -> Artifact:
+    """Raises Error where the manifest is not an artifact's."""
+    found = parse(manifest.encode(), media_type, subject)
+    if not isinstance(found, Manifest):
+        raise Error(f"{subject} is an index, not an artifact")
+    if not found.artifact_type:
+        raise Error(f"{subject}: its config is empty")
+    return artifact_contents(found, subject)
 
 
 def image_contents(layers: Sequence[Descriptor], config: ImageConfig, subject: str) -> tuple[Content, ...]:

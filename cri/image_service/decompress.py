@@ -70,7 +70,7 @@ def _decompressor(first: bytes) -> Callable[[Iterator[bytes]], Iterator[bytes]]:
     return lambda chunks: chunks
 
 
-def _gzip_module() -> Any:
+def gzip_module() -> Any:
     """isal where it is installed: it takes less than half of zlib's time."""
     try:
         from isal import isal_zlib  # noqa: PLC0415 (a worker that meets no gzip saves its memory)
@@ -80,7 +80,7 @@ def _gzip_module() -> Any:
 
 
 def _gzip(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    module = _gzip_module()
+    module = gzip_module()
     member = module.decompressobj(wbits=31)
     started = False
     for chunk in chunks:

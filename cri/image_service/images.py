@@ -11,7 +11,7 @@ import secrets
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -20,10 +20,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import oci.image
-from cri.image_service import auth, policy
+from cri.image_service import acceptance, auth
 from cri.image_service import reference as references
-from cri.image_service.auth import Credentials
-from cri.image_service.contents import Artifact, Content, artifact_contents, image_contents
+from cri.image_service.acceptance import Acceptance, PolicyFiles, Run
+from cri.image_service.additional import AdditionalStores, State, open_stores
+from cri.image_service.auth import AuthFile, Credentials, NamespacedAuth
+from cri.image_service.contents import (
+    Artifact,
+    Content,
+    Described,
+    artifact_contents,
+    artifact_of,
+    described_by,
+    image_contents,
+)
 from cri.image_service.group_sync import GroupSync
 from cri.image_service.implied import make_implied_layer
 from cri.image_service.joined import Joined
@@ -32,11 +42,13 @@ from cri.image_service.manifest import Descriptor, Manifest, host_platform, pars
 from cri.image_service.progress import LayerPhase, LayerProgress, Progress
 from cri.image_service.reference import Reference
 from cri.image_service.registries_conf import RegistriesFiles
-from cri.image_service.snapshots import LayerDirectory, References, total
-from cri.image_service.store import Contents, ImageRecord, LayerRecord, Name, Store
+from cri.image_service.save import FORMATS, Saved
+from cri.image_service.save import remove as remove_unfinished
+from cri.image_service.snapshots import LayerDirectory, References, total, visible
+from cri.image_service.store import Contents, ImageRecord, LayerRecord, Name, Origin, Store
 from cri.image_service.unpack import sync_filesystem
 from cri.image_service.workers import Workers
-from oci.errors import Error, InvalidArgument, NotFound, PermissionDenied, Unavailable
+from oci.errors import Error, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
 from oci.image import ImageConfig
 from oci.linux import proc
 
@@ -54,7 +66,11 @@ class ImageSettings:
     registries_conf: Path | None = None
     registries_conf_dir: Path | None = None
     policy: Path | None = None  # None: every image is accepted
+    policy_dir: Path | None = None  # of policies by namespace
+    registries_d: Path | None = None  # where signatures lie
     auth_file: Path | None = None
+    namespaced_auth_dir: Path | None = None
+    additional_stores: tuple[Path, ...] = ()  # the images directories of other roots
     certs_dir: Path | None = None
     pinned_images: tuple[str, ...] = ()  # exact names, "glob*", "*keyword*"
     max_parallel_layers: int = 4
@@ -77,6 +93,7 @@ class Image:
     manifest_digest: str = ""
     pulled_at: int = 0  # ns since the epoch
     artifact: Artifact | None = None  # None: it is a container image
+    store: Path | None = None  # the additional store that alone has it; None: ours
 
     @property
     def uid(self) -> int | None:
@@ -140,25 +157,23 @@ class _Layer:
         return self.content.blob.digest
 
 
-@dataclass(frozen=True, slots=True)
-class _Described:
-    """What an image's documents say: a config, or an artifact; and what its layers become."""
-
-    config: ImageConfig
-    artifact: Artifact | None
-    contents: tuple[Content, ...] = ()
-
-
 class Images:
     """Use `open`."""
 
-    def __init__(self, settings: ImageSettings, store: Store, database: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, settings: ImageSettings, store: Store, additional: AdditionalStores, database: ThreadPoolExecutor
+    ) -> None:
         self._settings = settings
         self._store = store
+        self._additional = additional
         self._database = database
         self._directory = LayerDirectory(settings.root)
         self._registries = RegistriesFiles(settings.registries_conf, settings.registries_conf_dir)
+        directory = settings.namespaced_auth_dir
+        self._namespaced_auth = NamespacedAuth(directory) if directory is not None else None
         self._workers = Workers(settings.max_parallel_layers, settings.progress_timeout_s)
+        files = PolicyFiles(settings.policy, settings.policy_dir, settings.registries_d)
+        self._acceptance = Acceptance(files, self._workers, self._timeouts())
         self._slots = Slots(settings.max_parallel_layers, settings.registry_limits)
         self._syncs = GroupSync(partial(self._workers.call, {"verb": "sync", "path": str(settings.root)}))
         self._partials: Counter[str] = Counter()  # names of the blobs that are being fetched
@@ -195,12 +210,20 @@ class Images:
             directory = LayerDirectory(settings.root)
             await loop.run_in_executor(database, directory.prepare)
             store = await loop.run_in_executor(database, Store, settings.root / "images.db")
-            contents = await loop.run_in_executor(database, partial(_recover, store, directory, proc.boot_id()))
+            boot_id = proc.boot_id()
+            additional = await loop.run_in_executor(
+                database, open_stores, settings.additional_stores, settings.root, boot_id
+            )
+            for path, trouble in additional.troubles.items():
+                log.error("additional image store %s: %s", path, trouble)
+            contents = await loop.run_in_executor(database, _recover, store, directory, additional, boot_id)
         except BaseException:
             database.shutdown()
             raise
-        images = cls(settings, store, database)
+        images = cls(settings, store, additional, database)
         images._take(contents)
+        if images._namespaced_auth is not None:
+            await asyncio.to_thread(images._namespaced_auth.sweep)
         images._empty_trash(directory.trash())
         return images
 
@@ -218,6 +241,7 @@ class Images:
         while self._tasks:
             await asyncio.wait(self._tasks)
         await self._db(self._store.close)
+        await self._db(self._additional.close)
         await self._db(self._directory.end)
         self._database.shutdown()
 
@@ -226,7 +250,7 @@ class Images:
     def list(self, reference: str = "") -> tuple[Image, ...]:
         """All images, or the one that `reference` names."""
         if not reference:
-            return tuple(image for image in self._images.values() if self._is_whole(image))
+            return tuple(image for image in self._all() if self._is_whole(image))
         found = self.find(reference)
         return () if found is None else (found,)
 
@@ -237,21 +261,21 @@ class Images:
 
     def _is_whole(self, image: Image) -> bool:
         """Whether all its layers are here: one that was found damaged is not until it has been fetched again."""
-        return all(diff_id in self._layers for diff_id in self._layers_of[image.id])
+        return all(self._layer(diff_id) is not None for diff_id in self._stack(image.id) or ())
 
     def _find(self, reference: str) -> Image | None:
         if references.is_image_id(reference):
-            return self._images.get(f"sha256:{reference.removeprefix('sha256:')}")
-        if reference in self._images:
-            return self._images[reference]
+            return self._known(f"sha256:{reference.removeprefix('sha256:')}")
+        if (known := self._known(reference)) is not None:
+            return known
         try:
             parsed = references.with_default_tag(references.parse(reference))
         except InvalidArgument:
             return self._by_id_prefix(reference)
         for candidate in self._local_meanings(parsed):
-            name = self._names.get(f"{candidate.name}@{candidate.digest}" if candidate.digest else candidate.tagged)
+            name = self._name(f"{candidate.name}@{candidate.digest}" if candidate.digest else candidate.tagged)
             if name is not None:
-                return self._images.get(name.image_id)
+                return self._known(name.image_id)
             if candidate.digest and (found := self._by_manifest(candidate)) is not None:
                 return found
         return self._by_id_prefix(reference)
@@ -265,10 +289,10 @@ class Images:
 
     def layer_paths(self, image_id: str) -> tuple[Path, ...]:
         """The trees to mount, lowest first; also of an image that was removed while a container held it."""
-        layers = self._layers_of.get(image_id)
+        layers = self._stack(image_id)
         if layers is None:
             raise NotFound(f"image {image_id} is not on this node")
-        return tuple(self._directory.path(diff_id) for diff_id in layers)
+        return tuple(self._tree(diff_id) for diff_id in layers)
 
     def pulls(self) -> tuple[Progress, ...]:
         """How far each pull and load under way is."""
@@ -286,10 +310,15 @@ class Images:
 
     async def raw_documents(self, image_id: str) -> tuple[str, str]:
         """Config and manifest as they were pulled; "" where the source had none, as config also of an artifact."""
-        record = await self._db(self._store.image, image_id)
+        record = await self._record(image_id)
         if record is None:
             raise NotFound(f"image {image_id} is not on this node")
         return record.config, record.manifest
+
+    @property
+    def additional_stores(self) -> tuple[State, ...]:
+        """What each additional store has to offer, and what is wrong with it."""
+        return self._additional.states
 
     async def fs_usage(self) -> FsUsage:
         used, inodes = total(self._layers.values())
@@ -303,23 +332,28 @@ class Images:
         credentials: Credentials | None = None,
         *,
         platform: str | None = None,
+        namespace: str = "",
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Image:
         """The image that the registry has under `reference` now; layers that are here are not fetched again.
 
-        The same pull at once is one. A caller that is cancelled stops waiting; when none is left the pull ends.
+        `namespace`, that of the pod that the image is for, chooses policy and credentials. The same pull at once is
+        one. A caller that is cancelled stops waiting; when none is left the pull ends.
         Raises InvalidArgument, NotFound, PermissionDenied ("SignatureValidationFailed…" where the policy refuses),
         Unavailable ("RegistryUnavailable…"), ResourceExhausted, DeadlineExceeded, or Error for what makes no sense.
         """
         parsed = references.with_default_tag(references.parse(reference))
         if platform is not None:
             parse_platform(platform)
-        key = (str(parsed), credentials, platform)
+        policy = await self._acceptance.policy_of(namespace)
+        key = (str(parsed), credentials, platform, namespace, policy)
         progress = self._progress.setdefault(key, Progress(str(parsed)))
         if on_progress is not None:
             progress.listeners.append(on_progress)
         try:
-            return await self._pulls.run(key, lambda: self._pull(key, parsed, credentials, platform, progress))
+            return await self._pulls.run(
+                key, lambda: self._pull(key, parsed, credentials, platform, namespace, policy, progress)
+            )
         except asyncio.CancelledError as error:
             if key in self._cancelled and not _is_being_cancelled():
                 raise Unavailable(f"the pull of {parsed} was cancelled by the node's administrator") from error
@@ -334,15 +368,18 @@ class Images:
         parsed: Reference,
         credentials: Credentials | None,
         platform: str | None,
+        namespace: str,
+        policy: Path | None,
         progress: Progress,
     ) -> Image:
         self._cancelled.discard(key)
         try:
+            auth_file = await self._auth_file(namespace, parsed)
             conf = await asyncio.to_thread(self._registries.current)
             meanings = conf.qualified(parsed)
             for at, meaning in enumerate(meanings):
                 try:
-                    return await self._pull_qualified(meaning, credentials, platform, progress)
+                    return await self._pull_qualified(meaning, credentials, auth_file, platform, policy, progress)
                 except (NotFound, PermissionDenied, Unavailable) as error:
                     if at == len(meanings) - 1:
                         raise
@@ -351,12 +388,26 @@ class Images:
         finally:
             self._progress.pop(key, None)
 
+    async def _auth_file(self, namespace: str, image: Reference) -> AuthFile | Path | None:
+        """The namespace's own for this pull, where there is one: then the node's is not asked."""
+        if self._namespaced_auth is not None and namespace:
+            own = await asyncio.to_thread(self._namespaced_auth.take, namespace, image)
+            if own is not None:
+                log.info("pulling %s with the credentials of namespace %s", image, namespace)
+                return own
+        return self._settings.auth_file
+
     async def _pull_qualified(
-        self, wanted: Reference, credentials: Credentials | None, platform: str | None, progress: Progress
+        self,
+        wanted: Reference,
+        credentials: Credentials | None,
+        auth_file: AuthFile | Path | None,
+        platform: str | None,
+        policy: Path | None,
+        progress: Progress,
     ) -> Image:
-        scopes = policy.registry_scopes(wanted)
-        await asyncio.to_thread(policy.check, self._settings.policy, "docker", scopes, f"image {wanted}")
-        sources = await self._sources(wanted, credentials)
+        asked = await self._acceptance.of_pull(wanted, policy)
+        sources = await self._sources(wanted, credentials, auth_file)
         resolved = await self._workers.call(
             {
                 "verb": "resolve",
@@ -365,13 +416,15 @@ class Images:
                 "platform": platform or str(host_platform()),
                 "sources": sources,
                 "keys_path": self._keys_path,
+                **asked,
                 **self._timeouts(),
             }
         )
         described = await self._described(resolved, f"image {wanted}")
         best = [sources[resolved["source"]], *(each for each in sources if each is not sources[resolved["source"]])]
         layers = [self._remote_layer(content, best, resolved["session"]) for content in described.contents]
-        return await self._complete(resolved, described, layers, _names(wanted, resolved["digest"]), progress)
+        origin = acceptance.origin_of_pull(wanted, resolved)
+        return await self._complete(resolved, described, layers, _names(wanted, resolved["digest"]), origin, progress)
 
     def _remote_layer(self, content: Content, sources: Sequence[dict[str, Any]], session: dict[str, Any]) -> _Layer:
         host = sources[0]["host"]
@@ -405,11 +458,13 @@ class Images:
     def _keys_path(self) -> str:
         return str(self._settings.decryption_keys_path or "")
 
-    async def _sources(self, wanted: Reference, credentials: Credentials | None) -> Sequence[dict[str, Any]]:
+    async def _sources(
+        self, wanted: Reference, credentials: Credentials | None, auth_file: AuthFile | Path | None
+    ) -> Sequence[dict[str, Any]]:
         conf = await asyncio.to_thread(self._registries.current)
         sources = []
         for endpoint in conf.endpoints(wanted):
-            known = await auth.for_endpoint(endpoint, wanted.registry, credentials, self._settings.auth_file)
+            known = await auth.for_endpoint(endpoint, wanted.registry, credentials, auth_file, conf.credential_helpers)
             sources.append(
                 {
                     "host": endpoint.host,
@@ -450,7 +505,6 @@ class Images:
             await asyncio.shield(self._discard(scratch))
 
     async def _load(self, path: Path, name: Reference | None, scratch: Path, progress: Progress) -> tuple[Image, ...]:
-        scopes = await asyncio.to_thread(policy.file_scopes, path)
         found = await self._workers.call(
             {
                 "verb": "inspect",
@@ -464,8 +518,8 @@ class Images:
             raise InvalidArgument(f"{path} holds {len(found['images'])} images; one name is not enough for them")
         loaded = []
         for image in found["images"]:
-            transport = "oci" if image["manifest"] else "docker-archive"
-            await asyncio.to_thread(policy.check, self._settings.policy, transport, scopes, f"images of {path}")
+            transport = found["format"]
+            await self._acceptance.of_file(path, transport)
             spelled = [name] if name is not None else [_local_name(each) for each in image["names"]]
             names = [pair for each in spelled if each is not None for pair in _names(each, image["manifest_digest"])]
             described = await self._described(image, f"image in {path}")
@@ -473,7 +527,8 @@ class Images:
                 _Layer(content, {**self._layer_request(content), "extent": extent})
                 for content, extent in zip(described.contents, image["extents"], strict=True)
             ]
-            loaded.append(await self._complete(image, described, layers, names, progress))
+            origin = acceptance.origin_of_file(path, transport)
+            loaded.append(await self._complete(image, described, layers, names, origin, progress))
         return tuple(loaded)
 
     async def load_bundle(self, directory: Path | None) -> None:
@@ -492,27 +547,161 @@ class Images:
             except (Error, OSError) as error:
                 log.error("cannot load %s: %s", path, error)
 
+    # ---- save
+
+    async def save(
+        self,
+        wanted: Sequence[str],
+        path: Path,
+        form: str,
+        credentials: Credentials | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> tuple[Saved, ...]:
+        """Writes images to `path` in a format of save.FORMATS; `path` has them all, or is as it was.
+
+        Layers are fetched again where a registry has them: then the copy is exact. A caller that is cancelled ends it.
+        Raises InvalidArgument, NotFound, AlreadyExists, ResourceExhausted, or Error for what cannot be read or written.
+        """
+        if form not in FORMATS:
+            raise InvalidArgument(f"format {form!r}: expected one of {', '.join(FORMATS)}")
+        names: dict[str, dict[str, None]] = {}
+        for reference in wanted:
+            image = self.resolve(reference)
+            if image.artifact is not None:
+                raise InvalidArgument(f"{reference} is an artifact; only container images can be saved")
+            if any(layer_id.startswith("encrypted:") for layer_id in self._stack(image.id) or ()):
+                raise FailedPrecondition(f"{reference} has encrypted layers, which are here in the clear only")
+            names.setdefault(image.id, {}).update(dict.fromkeys(self._names_asked_for(reference, image)))
+        if not names:
+            raise InvalidArgument("no image to save is named")
+        progress = Progress(f"save to {path}", "saving", listeners=[on_progress] if on_progress is not None else [])
+        layers = [diff_id for image_id in names for diff_id in self._stack(image_id) or ()]
+        self._progress[key := object()] = progress
+        self._references.claim(layers)
+        try:
+            return await self._save(
+                {image_id: tuple(each) for image_id, each in names.items()}, path, form, credentials, progress
+            )
+        finally:
+            self._references.unclaim(layers)
+            self._progress.pop(key, None)
+            self._free_later(layers)
+
+    async def _save(
+        self,
+        names: Mapping[str, tuple[str, ...]],
+        path: Path,
+        form: str,
+        credentials: Credentials | None,
+        progress: Progress,
+    ) -> tuple[Saved, ...]:
+        for image_id in names:
+            await self.ensure(image_id)
+        images = [await self._to_save(image_id, each, credentials) for image_id, each in names.items()]
+        progress.layers_total = sum(len(image["layers"]) for image in images)
+        temporary = path.with_name(f".{path.name[:200]}.crito-{secrets.token_hex(4)}")
+
+        def progressed(now: dict[str, int]) -> None:
+            progress.layers_done = now["layers"]
+            progress.bytes_fetched, progress.bytes_total = now["done_bytes"], now["total_bytes"]
+            progress.changed()
+
+        request = {"verb": "save", "path": str(path), "temporary": str(temporary), "format": form, "images": images}
+        try:
+            done = await self._workers.call({**request, **self._timeouts()}, progressed)
+        except BaseException:  # a worker that was killed has left something
+            await asyncio.to_thread(remove_unfinished, temporary)
+            raise
+        progress.phase = "done"
+        progressed(done)
+        return tuple(Saved(**{**image, "names": tuple(image["names"])}) for image in done["images"])
+
+    async def _to_save(self, image_id: str, names: Sequence[str], credentials: Credentials | None) -> dict[str, Any]:
+        """What the worker needs to write the image, from its registries or from its layers."""
+        record, image = await self._record(image_id), self._known(image_id)
+        if record is None or image is None:
+            raise NotFound(f"image {image_id} is not on this node any more")
+        sources: dict[tuple[str, str], dict[str, Any]] = {}
+        for name in self._image_names(image_id) if record.manifest else ():
+            try:
+                found = await self._sources(references.parse(name), credentials, self._settings.auth_file)
+            except Error as error:
+                log.info("cannot fetch %s by the name %s to save it: %s", image_id, name, error)
+                continue
+            sources |= {(each["host"], each["repository"]): each for each in found}
+        return {
+            "id": image_id,
+            "names": list(names),
+            "config": record.config,
+            "manifest": record.manifest,
+            "media_type": record.media_type,
+            "sources": list(sources.values()),
+            "layers": [
+                {
+                    "diff_id": diff_id,
+                    "tree": str(self._tree(diff_id)),
+                    "implied": layer.implied,
+                    "size_bytes": layer.size_bytes,
+                }
+                for diff_id in image.config.diff_ids
+                if (layer := self._layer(diff_id)) is not None
+            ],
+        }
+
+    def _names_asked_for(self, reference: str, image: Image) -> tuple[str, ...]:
+        """The name that `reference` is, in full; where it is an id, all tags, or digests where there is no tag."""
+        with contextlib.suppress(InvalidArgument):
+            for candidate in self._local_meanings(references.with_default_tag(references.parse(reference))):
+                if candidate.tagged in image.repo_tags and not candidate.digest:
+                    return (candidate.tagged,)
+                if candidate.digest and (name := f"{candidate.name}@{candidate.digest}") in image.repo_digests:
+                    return (name,)
+        return image.repo_tags or image.repo_digests
+
+    # ---- what may run
+
+    async def allow(self, image: Image, name: str, namespace: str) -> None:
+        """Accepts that a container of `namespace` runs or mounts the image, which the pod's author called `name`.
+
+        Raises PermissionDenied ("SignatureValidationFailed…") where the policy of the namespace refuses it now, or
+        Unavailable ("RegistryUnavailable…") where it demands signatures that are not here and cannot be fetched.
+        """
+        origins = await self._origins(image.id) or acceptance.origins_of_names(
+            (*image.repo_tags, *image.repo_digests), image.manifest_digest
+        )
+        run = Run(image.id, acceptance.meant(name, self._local_meanings), image.repo_digests, origins)
+        newer = await self._acceptance.of_run(
+            run, namespace, lambda wanted: self._sources(wanted, None, self._settings.auth_file)
+        )
+        if newer is not None:
+            await self._finished(self._db(self._store.put_origin, image.id, newer))
+
+    async def allow_file(self, path: Path, transport: str, namespace: str) -> None:
+        """Accepts that a container of `namespace` is made of a local file. Raises PermissionDenied as `allow` does."""
+        await self._acceptance.of_file(path, transport, namespace)
+
     # ---- from documents to an image
 
-    async def _described(self, found: dict[str, Any], subject: str) -> _Described:
+    async def _described(self, found: dict[str, Any], subject: str) -> Described:
         if found["config"]:
             config = await self._config(found["config"], subject)
             layers = [Descriptor(**each) for each in found["layers"]]
-            return _Described(config, None, image_contents(layers, config, subject))
-        artifact = await asyncio.to_thread(_artifact, found["manifest"], found["media_type"], subject)
-        return _Described(ImageConfig(), artifact, artifact.files)
+            return Described(config, None, image_contents(layers, config, subject))
+        artifact = await asyncio.to_thread(artifact_of, found["manifest"], found["media_type"], subject)
+        return Described(ImageConfig(), artifact, artifact.files)
 
     async def _complete(
         self,
         found: dict[str, Any],
-        described: _Described,
+        described: Described,
         layers: Sequence[_Layer],
         names: Iterable[tuple[str, bool]],
+        origin: Origin,
         progress: Progress,
     ) -> Image:
         """Has all layers here, then records the image and publishes it."""
         by_id = {layer.id: layer for layer in layers}
-        missing = [layer for layer_id, layer in by_id.items() if layer_id not in self._layers]
+        missing = [layer for layer_id, layer in by_id.items() if self._layer(layer_id) is None]
         progress.phase = "fetching"
         progress.layers_total += len(by_id)
         progress.layers_done += len(by_id) - len(missing)
@@ -539,7 +728,7 @@ class Images:
                     pulled_at=time.time_ns(),
                 )
                 named = [Name(name, image_id, is_digest) for name, is_digest in names]
-                image = await self._finished(self._publish(record, described, named))
+                image = await self._finished(self._publish(record, described, named, origin))
             finally:
                 self._references.unclaim(stack)
         finally:
@@ -549,13 +738,13 @@ class Images:
         progress.changed()
         return image
 
-    async def _publish(self, record: ImageRecord, described: _Described, names: Sequence[Name]) -> Image:
+    async def _publish(self, record: ImageRecord, described: Described, names: Sequence[Name], origin: Origin) -> Image:
         async with self._catalog:
-            await self._db(self._store.put_image, record, names)
+            await self._db(self._store.put_image, record, names, origin)
             return self._published(record, described, names)
 
-    def _published(self, record: ImageRecord, described: _Described, names: Sequence[Name]) -> Image:
-        moved_from = {self._names[name.name].image_id for name in names if name.name in self._names}
+    def _published(self, record: ImageRecord, described: Described, names: Sequence[Name]) -> Image:
+        moved_from = {known.image_id for name in names if (known := self._name(name.name)) is not None}
         for name in names:
             self._names[name.name] = name
         self._layers_of[record.id] = record.layers
@@ -566,6 +755,11 @@ class Images:
                 self._images[image_id] = self._renamed(self._images[image_id])
         return self._images[record.id]
 
+    def _rename(self, name: Name | None) -> None:
+        """The image that has `name` again is called so."""
+        if name is not None and name.image_id in self._images:
+            self._images[name.image_id] = self._renamed(self._images[name.image_id])
+
     async def _have_layer(self, layer: _Layer, progress: Progress) -> None:
         tried = False
 
@@ -574,9 +768,9 @@ class Images:
             tried = True
             return self._fetch(layer, progress)
 
-        if layer.id in self._suspects and layer.id in self._layers:
+        if self._is_suspect(layer.id):
             await self._check(layer.id)
-        while layer.id not in self._layers:
+        while self._layer(layer.id) is None:
             if (leaving := self._leaving.get(layer.id)) is not None:
                 await asyncio.shield(leaving)
             if (settling := self._settling.get(layer.id)) is not None:
@@ -647,13 +841,14 @@ class Images:
 
         Layers below one that hides all of them are left out.
         """
-        diff_ids = await asyncio.to_thread(self._directory.visible, _without_repeats(diff_ids))
-        if len(diff_ids) < 2 or not any(self._layers[diff_id].implied for diff_id in diff_ids[1:]):
+        diff_ids = await asyncio.to_thread(visible, _without_repeats(diff_ids), self._tree)
+        implied = [layer.implied for diff_id in diff_ids if (layer := self._layer(diff_id)) is not None]
+        if len(diff_ids) < 2 or not any(implied[1:]):
             return diff_ids  # the lowest has nothing below that could know better
         own = f"implied:{image_id.rpartition(':')[2]}"
-        if own in self._layers:
+        if self._layer(own) is not None:
             return (*diff_ids, own)
-        stack = [(self._directory.path(diff_id), self._layers[diff_id].implied) for diff_id in diff_ids]
+        stack = [(self._tree(diff_id), each) for diff_id, each in zip(diff_ids, implied, strict=True)]
         temporary = self._directory.new_temporary(own)
         try:
             inodes = await asyncio.to_thread(make_implied_layer, stack, temporary)
@@ -670,7 +865,7 @@ class Images:
 
     async def pin(self, reference: str, pinned: bool) -> Image:
         """Keeps the image from kubelet's garbage collection, or leaves it to that, whatever the configuration says."""
-        image = self.resolve(reference)
+        image = self._ours(self.resolve(reference))
 
         async def change() -> Image:
             async with self._catalog:
@@ -695,7 +890,7 @@ class Images:
     @property
     def suspects(self) -> int:
         """How many layers an unclean shutdown may have damaged that nobody has verified since."""
-        return len(self._suspects)
+        return len(self._suspects) + len(self._additional.suspects)
 
     async def ensure(self, image_id: str) -> None:
         """Has the image's layers as they were unpacked; call it before they are used.
@@ -703,8 +898,8 @@ class Images:
         Only after an unclean shutdown there is something to do. Raises Unavailable where a layer is damaged and could
         not be fetched again: the image is not listed then until it is pulled.
         """
-        for diff_id in self._layers_of.get(image_id, ()):
-            if diff_id in self._suspects:
+        for diff_id in self._stack(image_id) or ():
+            if self._is_suspect(diff_id):
                 await self._healed(diff_id)
 
     async def verify(self, repair: bool = False) -> AsyncIterator[Damage]:
@@ -712,17 +907,19 @@ class Images:
 
         Without `repair` everything stays as it is.
         """
-        for diff_id in tuple(self._layers):
-            if diff_id not in self._layers or diff_id.startswith("implied:"):
+        for diff_id in dict.fromkeys((*self._layers, *self._additional.layers())):
+            if self._layer(diff_id) is None or diff_id.startswith("implied:"):
                 continue
             names = self._names_with(diff_id)
             damage = await self._damage(diff_id)
             if not damage:
-                if diff_id in self._suspects:
+                if self._is_suspect(diff_id):
                     await self._cleared(diff_id)
                 continue
             outcome = ""
-            if repair and self._is_mounted(diff_id):
+            if repair and diff_id not in self._layers:
+                outcome = f"not repaired: it is in an additional store, {self._tree(diff_id).parents[2]}"
+            elif repair and self._is_mounted(diff_id):
                 outcome = "not repaired: containers run from it"
             elif repair:
                 try:
@@ -735,13 +932,13 @@ class Images:
 
     async def _healed(self, diff_id: str) -> None:
         await self._check(diff_id)
-        if diff_id not in self._layers:
+        if self._layer(diff_id) is None:
             await self._heal(diff_id)
 
     async def _check(self, diff_id: str) -> None:
         """Verifies a suspect; a damaged layer is no longer there, and images with it are not listed."""
         damage = await self._checks.run(diff_id, lambda: self._damage(diff_id))
-        if diff_id not in self._suspects:
+        if not self._is_suspect(diff_id):
             return  # another caller has drawn the conclusion
         if damage:
             await self._finished(self._lose(diff_id, damage))
@@ -751,17 +948,23 @@ class Images:
     async def _damage(self, diff_id: str) -> str:
         if diff_id.startswith("implied:"):
             return ""  # directories alone: that they are there is all there is to verify, and the start did
-        done = await self._workers.call({"verb": "verify", "directory": str(self._directory.layer(diff_id))}, _ignored)
+        done = await self._workers.call({"verb": "verify", "directory": str(self._tree(diff_id).parent)}, _ignored)
         damage: str = done["damage"]
         return damage
 
     async def _cleared(self, diff_id: str) -> None:
+        if diff_id not in self._layers:
+            self._additional.suspects.discard(diff_id)
+            return
         self._suspects.discard(diff_id)
         await self._db(self._store.clear, diff_id)
 
     async def _lose(self, diff_id: str, damage: str) -> None:
         log.error("layer %s is damaged and will be fetched again: %s", diff_id, damage)
         self.totals.damaged_layers += 1
+        if diff_id not in self._layers:
+            self._additional.lose(diff_id)
+            return
         self._suspects.discard(diff_id)
         self._layers.pop(diff_id, None)
         await self._drop_layers([diff_id])
@@ -769,15 +972,17 @@ class Images:
     async def _heal(self, diff_id: str) -> None:
         """Fetches a lost layer for the images that have it; those of which nobody has it any more go."""
         troubles = []
-        for image_id in [each for each, layers in self._layers_of.items() if diff_id in layers]:
+        for image_id in self._images_with(diff_id):
             for name in self._image_names(image_id):
                 try:
                     layer = await self._layer_of(image_id, diff_id, references.parse(name))
                     await self._have_layer(layer, Progress(f"repair of {name}"))
+                    if image_id not in self._layers_of:
+                        self._references.claim([diff_id])  # an additional store's image needs it from now on
                     return
                 except Error as error:
                     troubles.append(str(error))
-        for image_id in [each for each, layers in self._layers_of.items() if diff_id in layers]:
+        for image_id in self._images_with(diff_id):
             if image_id in self._images:
                 await self._finished(self._remove(image_id, keep_layers=True))
         reason = troubles[0] if troubles else "none of its images has a name to fetch it by"
@@ -787,7 +992,7 @@ class Images:
 
     async def _layer_of(self, image_id: str, layer_id: str, name: Reference) -> _Layer:
         """How to fetch one layer of an image that is here, from where `name` points to."""
-        record = await self._db(self._store.image, image_id)
+        record = await self._record(image_id)
         if record is None or not record.manifest:
             raise NotFound(f"image {image_id} has no manifest that tells its layers' digests")
         subject = f"image {image_id}"
@@ -798,32 +1003,34 @@ class Images:
         else:
             found = image_contents(manifest.layers, await self._config(record.config, subject), subject)
         wanted = next(content for content in found if content.id == layer_id)
-        return self._remote_layer(wanted, await self._sources(name, None), {})
+        return self._remote_layer(wanted, await self._sources(name, None, self._settings.auth_file), {})
 
     def _image_names(self, image_id: str) -> tuple[str, ...]:
-        image = self._images.get(image_id)
+        image = self._known(image_id)
         return () if image is None else (*image.repo_digests, *image.repo_tags)
 
     def _names_with(self, diff_id: str) -> tuple[str, ...]:
         """The images that have the layer, by name, else by id."""
-        images = [image_id for image_id, layers in self._layers_of.items() if diff_id in layers]
-        return tuple((*self._image_names(image_id), image_id)[0] for image_id in images)
+        return tuple((*self._image_names(image_id), image_id)[0] for image_id in self._images_with(diff_id))
 
     def _is_mounted(self, diff_id: str) -> bool:
-        return any(
-            diff_id in layers and self._references.is_held(image_id) for image_id, layers in self._layers_of.items()
-        )
+        return any(self._references.is_held(image_id) for image_id in self._images_with(diff_id))
+
+    def _images_with(self, diff_id: str) -> Sequence[str]:
+        known = dict.fromkeys((*self._layers_of, *self._additional.images))
+        return [image_id for image_id in known if diff_id in (self._stack(image_id) or ())]
 
     # ---- removal
 
     async def remove(self, reference: str) -> None:
         """Takes the image away with all its names; what it alone used is freed, at once or with its last container.
 
-        An image that is not there is success (api.proto, RemoveImage).
+        An image that is not there is success (api.proto, RemoveImage). One that an additional store has too goes on
+        being there. Raises FailedPrecondition where only such a store has it.
         """
         image = self._find(reference)
         if image is not None:
-            await self._finished(self._remove(image.id))
+            await self._finished(self._remove(self._ours(image).id))
 
     async def _remove(self, image_id: str, keep_layers: bool = False) -> None:
         async with self._catalog:
@@ -833,6 +1040,7 @@ class Images:
             del self._images[image_id]
             for name in [name for name in self._names.values() if name.image_id == image_id]:
                 del self._names[name.name]
+                self._rename(self._name(name.name))
         await self._forget_unheld(image_id, keep_layers)
 
     async def _forget_unheld(self, image_id: str, keep_layers: bool = False) -> None:
@@ -850,7 +1058,7 @@ class Images:
 
     def hold(self, image_id: str, holder: str) -> None:
         """`holder` (a container's id) uses the image's layers until `release`, also when the image is removed."""
-        if image_id not in self._layers_of:
+        if self._stack(image_id) is None:
             raise NotFound(f"image {image_id} is not on this node")
         self._references.hold(image_id, holder)
 
@@ -927,9 +1135,9 @@ class Images:
             self._layers_of[record.id] = record.layers
             self._references.set_image(record.id, record.layers)
             if not record.removed:
-                self._images[record.id] = self._image(record, _described_by(record))
+                self._images[record.id] = self._image(record, described_by(record))
 
-    def _image(self, record: ImageRecord, described: _Described) -> Image:
+    def _image(self, record: ImageRecord, described: Described) -> Image:
         return self._renamed(
             Image(
                 id=record.id,
@@ -946,13 +1154,15 @@ class Images:
     def _renamed(self, image: Image) -> Image:
         """`image` with the names that point to it now."""
         names = [name for name in self._names.values() if name.image_id == image.id]
+        shared = [name for name in self._additional.names.values() if name.image_id == image.id]
+        names += [name for name in shared if name.name not in self._names]
         tags = tuple(name.name for name in names if not name.is_digest)
         digests = tuple(name.name for name in names if name.is_digest)
         return replace(
             image,
             repo_tags=tags,
             repo_digests=digests,
-            pinned=self._pins.get(image.id, self._is_pinned((*tags, *digests))),
+            pinned=image.store is not None or self._pins.get(image.id, self._is_pinned((*tags, *digests))),
         )
 
     def _is_pinned(self, names: tuple[str, ...]) -> bool:
@@ -972,17 +1182,80 @@ class Images:
         prefix = "sha256:" + text.removeprefix("sha256:")
         if len(prefix) < len("sha256:") + _ID_PREFIX_LENGTH:
             return None
-        found = [image for image_id, image in self._images.items() if image_id.startswith(prefix)]
+        found = [image for image in self._all() if image.id.startswith(prefix)]
         return found[0] if len(found) == 1 else None
 
     def _by_manifest(self, wanted: Reference) -> Image | None:
         """The image whose own manifest has the digest, where it was pulled through an index of the same repository."""
-        for image in self._images.values():
+        for image in self._all():
             if image.manifest_digest == wanted.digest:
                 names = (*image.repo_tags, *image.repo_digests)
                 if any(name.startswith((f"{wanted.name}:", f"{wanted.name}@")) for name in names):
                     return image
         return None
+
+    # ---- ours, else an additional store's
+
+    def _all(self) -> Iterator[Image]:
+        yield from self._images.values()
+        for image_id in self._additional.images:
+            if image_id not in self._images:
+                yield self._resolved(image_id)
+
+    def _known(self, image_id: str) -> Image | None:
+        if image_id in self._images:
+            return self._images[image_id]
+        return self._resolved(image_id) if image_id in self._additional.images else None
+
+    def _resolved(self, image_id: str) -> Image:
+        """An additional store's image, with the names that no image of ours has; pinned, so that kubelet leaves it."""
+        found = self._additional.images[image_id]
+        return self._renamed(
+            Image(
+                id=found.id,
+                repo_tags=(),
+                repo_digests=(),
+                size_bytes=found.size_bytes,
+                config=found.config,
+                manifest_digest=found.manifest_digest,
+                pulled_at=found.pulled_at,
+                artifact=found.artifact,
+                store=found.store,
+            )
+        )
+
+    def _ours(self, image: Image) -> Image:
+        """`image`, which is to be changed. Raises FailedPrecondition where only an additional store has it."""
+        if image.store is not None:
+            raise FailedPrecondition(f"image {image.id} is in the additional store {image.store}, which is read-only")
+        return image
+
+    def _name(self, name: str) -> Name | None:
+        return self._names.get(name) or self._additional.names.get(name)
+
+    def _stack(self, image_id: str) -> tuple[str, ...] | None:
+        """The image's layers, lowest first."""
+        if image_id in self._layers_of:
+            return self._layers_of[image_id]
+        found = self._additional.images.get(image_id)
+        return None if found is None else found.layers
+
+    def _layer(self, diff_id: str) -> LayerRecord | None:
+        return self._layers.get(diff_id) or self._additional.layer(diff_id)
+
+    def _tree(self, diff_id: str) -> Path:
+        """What is mounted of the layer; where ours would be, if nobody has it."""
+        directory = None if diff_id in self._layers else self._additional.directory(diff_id)
+        return self._directory.path(diff_id) if directory is None else directory / "diff"
+
+    def _is_suspect(self, diff_id: str) -> bool:
+        return diff_id in (self._suspects if diff_id in self._layers else self._additional.suspects)
+
+    async def _record(self, image_id: str) -> ImageRecord | None:
+        return await self._db(self._store.image, image_id) or await self._db(self._additional.record, image_id)
+
+    async def _origins(self, image_id: str) -> tuple[Origin, ...]:
+        return await self._db(self._store.origins, image_id) or await self._db(self._additional.origins, image_id)
 
     async def _config(self, text: str, subject: str) -> ImageConfig:
         parse = partial(oci.image.from_json, text, f"config of {subject}")
@@ -1002,8 +1275,11 @@ class Images:
         return task
 
 
-def _recover(store: Store, directory: LayerDirectory, boot_id: str) -> Contents:
-    """What is whole: layers with record and directory, images with all their layers. The rest goes."""
+def _recover(store: Store, directory: LayerDirectory, additional: AdditionalStores, boot_id: str) -> Contents:
+    """What is whole: layers with record and directory, images with all their layers. The rest goes.
+
+    An image whose layers may be in an additional store that cannot be used now stays on record, unlisted.
+    """
     unended = directory.unended()
     if unended is not None and unended != boot_id:
         log.warning("the last daemon ended with the machine: image layers are verified before they are used")
@@ -1021,7 +1297,9 @@ def _recover(store: Store, directory: LayerDirectory, boot_id: str) -> Contents:
         store.remove_layers(lost)
     images = []
     for image in contents.images:
-        if known.issuperset(image.layers) and _is_readable(image):
+        missing = [diff_id for diff_id in image.layers if diff_id not in known and additional.layer(diff_id) is None]
+        may_return = additional.troubles and not set(missing).intersection(lost)
+        if (not missing or may_return) and _is_readable(image):
             images.append(image)
         else:
             log.error("image %s lacks a layer or has a broken config; it must be pulled again", image.id)
@@ -1044,7 +1322,7 @@ def _ignored(_: dict[str, int]) -> None:
 
 def _is_readable(image: ImageRecord) -> bool:
     try:
-        _described_by(image)
+        described_by(image)
     except Error:
         return False
     return True
@@ -1065,21 +1343,6 @@ def _local_name(text: str) -> Reference | None:
     except InvalidArgument:
         return None
     return references.with_registry(parsed, references.DOCKER_HUB) if parsed.is_short else parsed
-
-
-def _described_by(record: ImageRecord) -> _Described:
-    if record.is_artifact:
-        return _Described(ImageConfig(), _artifact(record.manifest, record.media_type, f"image {record.id}"))
-    return _Described(oci.image.from_json(record.config), None)
-
-
-def _artifact(manifest: str, media_type: str, subject: str) -> Artifact:
-    found = parse(manifest.encode(), media_type, subject)
-    if not isinstance(found, Manifest):
-        raise Error(f"{subject} is an index, not an artifact")
-    if not found.artifact_type:
-        raise Error(f"{subject}: its config is empty")
-    return artifact_contents(found, subject)
 
 
 def _document_bytes(found: dict[str, Any]) -> int:

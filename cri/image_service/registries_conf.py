@@ -14,6 +14,8 @@ from oci.errors import Error, FailedPrecondition, InvalidArgument, PermissionDen
 
 log = logging.getLogger(__name__)
 
+AUTH_FILES = "containers-auth.json"  # the credential helper that stands for auth files
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
@@ -62,6 +64,7 @@ class RegistriesConf:
     short_name_mode: str = "permissive"
     aliases: Mapping[str, str] = field(default_factory=dict)
     registries: tuple[Registry, ...] = ()
+    credential_helpers: tuple[str, ...] = (AUTH_FILES,)  # in the order to ask
 
     def qualified(self, reference: Reference) -> tuple[Reference, ...]:
         """The full references that a short name may mean, in the order to try; itself where it names a registry.
@@ -201,6 +204,7 @@ def _merged(conf: RegistriesConf, table: "_Table") -> RegistriesConf:
         short_name_mode=mode,
         aliases=_aliases(conf.aliases, table.table("aliases")) if table.has("aliases") else conf.aliases,
         registries=tuple(by_prefix.values()),
+        credential_helpers=table.texts("credential-helpers") or conf.credential_helpers,
     )
 
 

@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode, urljoin, urlsplit
+from urllib.parse import unquote, urlencode, urljoin, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
 import urllib3
 from urllib3.exceptions import (
     HTTPError,
+    InsecureRequestWarning,
     LocationParseError,
     NewConnectionError,
     ProtocolError,
@@ -31,6 +32,8 @@ from urllib3.response import BaseHTTPResponse
 from cri.image_service.manifest import DOCUMENT_LIMIT_BYTES, MANIFEST_TYPES, check_digest
 from oci.errors import Error, NotFound, PermissionDenied, Unavailable
 from oci.version import VERSION
+
+urllib3.disable_warnings(InsecureRequestWarning)  # of a registry that registries.conf says may be insecure
 
 _CHUNK_BYTES = 1 << 18
 _REDIRECT_LIMIT = 5
@@ -133,6 +136,22 @@ class Registry:
                 if failures > _RESUMES:
                     raise self._unavailable(path, f"{_reason(error)} at byte {done} of {size_bytes}") from error
                 time.sleep(0.1 * 2**failures)
+
+    def outside(self, url: str, limit_bytes: int) -> bytes | None:
+        """What another server than the registry has under `url`, asked without credentials; None where it has nothing.
+
+        Raises Unavailable where it does not answer, Error where it answers too much or anything else.
+        """
+        try:
+            response = self._follow(url, {}, None)
+        except (HTTPError, OSError) as error:
+            raise self._unavailable(url, _reason(error)) from error
+        if response.status == 404:
+            response.close()
+            return None
+        if response.status != 200:
+            raise self._refused(response.status, url, _error_text(response))
+        return self._bounded(response, limit_bytes, url)
 
     def _range(self, path: str, start: int, size_bytes: int) -> Iterator[bytes]:
         response = self._get(path, {"Range": f"bytes={start}-"} if start else {})
@@ -311,18 +330,12 @@ class Registry:
 
     def _pool(self, url: str) -> urllib3.PoolManager:
         parts = urlsplit(url)
-        proxy = _proxy_for(parts.scheme, parts.hostname or "", parts.netloc)
+        proxy = proxy_for(parts.scheme, parts.hostname or "", parts.netloc)
         key = (f"{proxy or ''} {parts.netloc}", parts.scheme == "https")
         pool = self._pools.get(key)
         if pool is None:
             context = self._tls(parts.netloc.rpartition("@")[2]) if parts.scheme == "https" else None
-            if proxy:
-                userinfo = urlsplit(proxy)
-                secret = f"{userinfo.username}:{userinfo.password or ''}" if userinfo.username else None
-                proxy_headers = urllib3.make_headers(proxy_basic_auth=secret) if secret else None
-                pool = urllib3.ProxyManager(proxy, proxy_headers=proxy_headers, ssl_context=context)
-            else:
-                pool = urllib3.PoolManager(ssl_context=context)
+            pool = _through(proxy, context) if proxy else urllib3.PoolManager(ssl_context=context)
             self._pools[key] = pool
         return pool
 
@@ -348,6 +361,8 @@ class Registry:
     # ---- errors
 
     def _url(self, path: str) -> str:
+        if "://" in path:
+            return _redacted(path)  # another server's
         scheme = self._session.schemes.get(self._source.address, "https")
         return f"{scheme}://{self._source.address}{path}"
 
@@ -425,12 +440,38 @@ def _redacted(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" + ("?…" if parts.query else "")
 
 
-def _proxy_for(scheme: str, host: str, address: str) -> str | None:
+def _through(proxy: str, context: ssl.SSLContext | None) -> urllib3.ProxyManager:
+    """Connections by way of `proxy`, as the environment spells it: a URL, or host:port for plain HTTP."""
+    url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise Error(f"the proxy {_redacted(url.geturl())!r} in the environment is not an http or https URL")
+    secret = f"{unquote(url.username)}:{unquote(url.password or '')}" if url.username else None
+    headers = urllib3.make_headers(proxy_basic_auth=secret) if secret else None
+    address = f"{url.scheme}://{url.netloc.rpartition('@')[2]}"
+    return urllib3.ProxyManager(address, proxy_headers=headers, ssl_context=context)
+
+
+def proxy_for(scheme: str, host: str, address: str) -> str | None:
     """The proxy from HTTP_PROXY, HTTPS_PROXY and NO_PROXY; loopback is never proxied, as in Go programs."""
-    if host == "localhost" or _is_loopback(host) or proxy_bypass_environment(address.rpartition("@")[2]):
-        return None
     proxies: dict[str, str] = getproxies_environment()
-    return proxies.get(scheme)
+    if host == "localhost" or _is_loopback(host) or _is_in_network(host, proxies.get("no", "")):
+        return None
+    return None if proxy_bypass_environment(address.rpartition("@")[2], proxies) else proxies.get(scheme)
+
+
+def _is_in_network(host: str, no_proxy: str) -> bool:
+    """Whether NO_PROXY has a network, such as 10.0.0.0/8, of which `host` is an address. Names are not looked up."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    for entry in no_proxy.split(","):
+        try:
+            if address in ipaddress.ip_network(entry.strip(), strict=False):
+                return True
+        except ValueError:
+            continue
+    return False
 
 
 def _is_loopback(host: str) -> bool:

@@ -44,7 +44,8 @@ class ImageService(api_pb2_grpc.ImageServiceServicer):
 
     async def PullImage(self, request: api.PullImageRequest, context: Context) -> api.PullImageResponse:
         reference = _reference(request.image)
-        image = await self._images.pull(reference, _credentials(request))
+        namespace = request.sandbox_config.metadata.namespace
+        image = await self._images.pull(reference, _credentials(request), namespace=namespace)
         return api.PullImageResponse(image_ref=image.id)
 
     async def RemoveImage(self, request: api.RemoveImageRequest, context: Context) -> api.RemoveImageResponse:
@@ -126,6 +127,7 @@ def _info(image: Image) -> dict[str, Any]:
         return {"artifact": {"type": image.artifact.type, "files": files}}
     config = image.config
     return {
+        **({"additionalStore": str(image.store)} if image.store is not None else {}),
         "imageSpec": {
             "created": config.created,
             "architecture": config.architecture,
@@ -142,5 +144,5 @@ def _info(image: Image) -> dict[str, Any]:
                 "Labels": dict(config.labels),
             },
             "rootfs": {"type": "layers", "diff_ids": config.diff_ids},
-        }
+        },
     }

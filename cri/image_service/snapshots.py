@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -77,14 +77,6 @@ class LayerDirectory:
     def path(self, diff_id: str) -> Path:
         """The tree that is mounted as a lower directory."""
         return self._layers / directory_name(diff_id) / "diff"
-
-    def visible(self, diff_ids: Sequence[str]) -> tuple[str, ...]:
-        """Of layers, lowest first, the highest whose root is opaque and those above it; all where there is none.
-
-        overlayfs merges the roots of all layers that it is given, whatever they say themselves.
-        """
-        opaque = [at for at, diff_id in enumerate(diff_ids) if is_opaque(self.path(diff_id))]
-        return tuple(diff_ids[opaque[-1] if opaque else 0 :])
 
     def new_temporary(self, name: str) -> Path:
         return self._layers / f"{directory_name(name)}.tmp-{secrets.token_hex(4)}"
@@ -194,3 +186,13 @@ def total(layers: Iterable[LayerRecord]) -> tuple[int, int]:
     """Bytes and inodes of `layers` together."""
     sizes = [(layer.size_bytes, layer.inodes) for layer in layers]
     return sum(size for size, _ in sizes), sum(inodes for _, inodes in sizes)
+
+
+def visible(diff_ids: Sequence[str], tree: Callable[[str], Path]) -> tuple[str, ...]:
+    """Of layers, lowest first, the highest whose root is opaque and those above it; all where there is none.
+
+    `tree` tells where each is unpacked. overlayfs merges the roots of all layers that it is given, whatever they say
+    themselves.
+    """
+    opaque = [at for at, diff_id in enumerate(diff_ids) if is_opaque(tree(diff_id))]
+    return tuple(diff_ids[opaque[-1] if opaque else 0 :])

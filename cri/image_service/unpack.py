@@ -22,7 +22,7 @@ from oci.errors import Error
 WHITEOUT = b".wh."
 OPAQUE = b".wh..wh..opq"
 _FOREIGN_WHITEOUT = b".wh..wh."  # AUFS' own files, such as .wh..wh.plnk
-_OPAQUE_XATTR = "trusted.overlay.opaque"
+OPAQUE_XATTR = "trusted.overlay.opaque"
 _BLOCK_BYTES = 4096
 _OPEN_DIRECTORIES = 64
 _PLAIN_PATH_BYTES = 2048  # far from PATH_MAX, where paths are left to openat2 to refuse
@@ -168,7 +168,7 @@ class _Tree:
         if path in self._whiteouts:
             self._whiteouts.discard(path)
             self._directories[path] = _NEW_DIRECTORY
-            os.setxattr(self._directory(path).fd, _OPAQUE_XATTR, b"y")
+            os.setxattr(self._directory(path).fd, OPAQUE_XATTR, b"y")
 
     def _add_file(self, entry: Entry, parent: _Directory, name: bytes, data: Iterator[memoryview]) -> None:
         mode = entry.mode if entry.mode < 0o1000 else 0o600  # a write, or a change of owner, takes the upper bits away
@@ -221,14 +221,14 @@ class _Tree:
         os.chown(name, entry.uid, entry.gid, dir_fd=parent.fd, follow_symlinks=False)
         if entry.kind is not Kind.SYMLINK:
             os.chmod(name, entry.mode, dir_fd=parent.fd)
-        for key, value in _wanted_xattrs(entry.xattrs).items():
+        for key, value in wanted_xattrs(entry.xattrs).items():
             with _unsupported_ignored():
                 os.setxattr(b"/proc/self/fd/%d/%s" % (parent.fd, name), key, value, follow_symlinks=False)
         os.utime(name, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=parent.fd, follow_symlinks=False)
 
     def _white_out(self, parent: _Directory, name: bytes) -> None:
         if name == OPAQUE:
-            os.setxattr(parent.fd, _OPAQUE_XATTR, b"y")
+            os.setxattr(parent.fd, OPAQUE_XATTR, b"y")
             return
         hidden = name[len(WHITEOUT) :]
         if hidden in (b"", b".", b".."):
@@ -240,7 +240,7 @@ class _Tree:
             # A whiteout hides what lies below, never what its own layer has; a directory of its own starts empty then.
             found = os.stat(hidden, dir_fd=parent.fd, follow_symlinks=False)
             if stat.S_ISDIR(found.st_mode):
-                os.setxattr(self._directory(path).fd, _OPAQUE_XATTR, b"y")
+                os.setxattr(self._directory(path).fd, OPAQUE_XATTR, b"y")
         else:
             self._count(None)
             self._files.special(path, stat.S_IFCHR)
@@ -371,7 +371,7 @@ def clean_path(name: bytes) -> bytes:
 def is_opaque(directory: Path) -> bool:
     """Whether a directory of an unpacked layer hides what lower layers have in it; not so what is none."""
     try:
-        return os.getxattr(directory, _OPAQUE_XATTR, follow_symlinks=False) == b"y"
+        return os.getxattr(directory, OPAQUE_XATTR, follow_symlinks=False) == b"y"
     except OSError:
         return False
 
@@ -469,13 +469,13 @@ def _set_attributes(fd: int, attributes: _Attributes, made_with: int) -> None:
         os.fchown(fd, attributes.uid, attributes.gid)
     if attributes.mode != made_with:
         os.fchmod(fd, attributes.mode)
-    for key, value in _wanted_xattrs(attributes.xattrs).items():
+    for key, value in wanted_xattrs(attributes.xattrs).items():
         with _unsupported_ignored():
             os.setxattr(fd, key, value)
     os.utime(fd, ns=(attributes.mtime_ns, attributes.mtime_ns))
 
 
-def _wanted_xattrs(xattrs: dict[bytes, bytes]) -> dict[bytes, bytes]:
+def wanted_xattrs(xattrs: dict[bytes, bytes]) -> dict[bytes, bytes]:
     """Without overlayfs' own, which would let an archive redirect the mount, and without the node's SELinux labels."""
     if not xattrs:
         return xattrs

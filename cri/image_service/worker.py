@@ -4,6 +4,7 @@ A program of its own: one JSON request a line on stdin, answered by lines on std
 one {"done": …} or {"error": …}. It ends with stdin, also amid work: what is unfinished has a temporary name.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cri.image_service.decompress import ahead, decompressed
+from cri.image_service.digest import Digest
 from cri.image_service.file_layer import write_file
 from cri.image_service.layer_files import find_damage
 from cri.image_service.local_archive import Extent, read
@@ -33,10 +35,13 @@ from cri.image_service.manifest import (
     parse_platform,
 )
 from cri.image_service.pace import Pace
+from cri.image_service.refusal import is_refusal, refusal
+from cri.image_service.save import Layer, Wanted, Written, save
+from cri.image_service.save import remove as remove_unfinished
 from cri.image_service.snapshots import unpacked_path
 from cri.image_service.tar import Stream
 from cri.image_service.unpack import Unpacked, remove_tree, sync_filesystem, unpack
-from oci.errors import Error, NotFound
+from oci.errors import Error, NotFound, PermissionDenied, Unavailable
 
 if TYPE_CHECKING:
     from cri.image_service.decryption import Decryption
@@ -53,6 +58,7 @@ class Progress:
         self.fetched = 0
         self.unpacked = 0
         self.measure: Callable[[], int] = lambda: 0  # what else moves while work goes on
+        self.written = Written()  # by a save
         self._say = say
         self._over = threading.Event()
         threading.Thread(target=self._report, daemon=True).start()
@@ -77,33 +83,38 @@ class Progress:
             yield chunk
 
     def _report(self) -> None:
-        said = (0, 0, 0)
+        said: tuple[object, ...] = ()
         while not self._over.wait(_TICK_S):
-            now = (self.fetched, self.unpacked, self.measure())
+            told = {"fetched": self.fetched, "unpacked": self.unpacked, **asdict(self.written)}
+            now = (*told.values(), self.measure())
             if now != said:
                 said = now
-                self._say({"progress": {"fetched": now[0], "unpacked": now[1]}})
+                self._say({"progress": told})
 
 
 def resolve(request: Request, progress: Progress) -> dict[str, Any]:
     """Asks each source in turn for manifest and config; the last one's error is the answer when all fail."""
     session = _session(request)
     platform = parse_platform(request["platform"])
-    failed: list[str] = []
-    for at, source in enumerate(request["sources"]):
+    failed: list[tuple[str, Error]] = []
+    for source_number, source in enumerate(request["sources"]):
         registry = _registry(source, session, request)
         try:
-            return {"source": at, **_resolved(registry, request, platform), "session": session.to_json()}
+            resolved = _resolved(registry, source, request, platform)
+            return {"source": source_number, **resolved, "session": session.to_json()}
         except Error as error:
-            if at == len(request["sources"]) - 1:
-                raise type(error)(_with_earlier(error, failed)) from error
-            failed.append(f"{source['host']}/{source['repository']}: {error}")
+            failed.append((f"{source['host']}/{source['repository']}", error))
         finally:
             registry.close()
-    raise NotFound(f"{request['name']} has no place to be asked for")
+    if not failed:
+        raise NotFound(f"{request['name']} has no place to be asked for")
+    # A source that has the image but whose signatures are refused tells more than another one that has it not.
+    told = next((error for _, error in failed if is_refusal(error)), failed[-1][1])
+    earlier = [f"{place}: {error}" for place, error in failed if error is not told]
+    raise type(told)(_with_earlier(told, earlier)) from told
 
 
-def _resolved(registry: "Registry", request: Request, platform: Platform) -> dict[str, Any]:
+def _resolved(registry: "Registry", source: Request, request: Request, platform: Platform) -> dict[str, Any]:
     name, reference = request["name"], request["reference"]
     subject = f"image {name}"
     text, media_type = registry.manifest(reference)
@@ -117,6 +128,8 @@ def _resolved(registry: "Registry", request: Request, platform: Platform) -> dic
         found = parse(text, media_type, subject)
     if not isinstance(found, Manifest):
         raise Error(f"{subject}: its index leads to another index")
+    manifest_sha256 = f"sha256:{hashlib.sha256(text).hexdigest()}"
+    signatures = _signatures(registry, source, request, manifest_sha256) if "signatures" in request else None
     _authorize(found.layers, request, subject)
     config = b""
     if not found.artifact_type:
@@ -127,10 +140,12 @@ def _resolved(registry: "Registry", request: Request, platform: Platform) -> dic
         "digest": digest,
         "manifest": text.decode(),
         "manifest_digest": manifest_digest,
+        "manifest_sha256": manifest_sha256,
         "media_type": media_type,
         "config": _text(config, subject),
         "id": image_id(found, text),
         "layers": [asdict(layer) for layer in found.layers],
+        "signatures": signatures,
     }
 
 
@@ -145,6 +160,49 @@ def _decryption(keys_path: str, annotations: Mapping[str, str], subject: str) ->
     from cri.image_service.decryption import open_layer  # noqa: PLC0415 (a worker that meets no encryption saves time)
 
     return open_layer(annotations, keys_path, subject).decryption()
+
+
+def _signatures(registry: "Registry", source: Request, request: Request, digest: str) -> list[Any] | None:
+    """The manifest's signatures, which meet what the policy demands; None where none are demanded nor to be had."""
+    from cri.image_service import signature_work  # noqa: PLC0415 (most nodes ask for none)
+
+    found = signature_work.of_pull(registry, source, request["reference"], request["signatures"], digest)
+    return None if found is None else signature_work.encoded(found)
+
+
+def verify_signatures(request: Request, progress: Progress) -> dict[str, Any]:
+    """Raises PermissionDenied unless what is on the node of one manifest's signatures meets what is demanded."""
+    from cri.image_service import signature_work  # noqa: PLC0415
+
+    refused = refusal(f"image {request['signatures']['identity']}: no manifest of it is known")
+    for digest, signatures in request["signed"].items():
+        try:
+            signature_work.verify(request["signatures"], digest, signatures)
+            return {}
+        except PermissionDenied as error:
+            refused = error
+    raise refused
+
+
+def newer_signatures(request: Request, progress: Progress) -> dict[str, Any]:
+    """The signatures of one of the manifests, from the first source where they meet what is demanded."""
+    from cri.image_service import signature_work  # noqa: PLC0415
+
+    session = _session(request)
+    failed: list[Error] = []
+    for source in request["sources"]:
+        registry = _registry(source, session, request)
+        try:
+            for digest in request["digests"]:
+                try:
+                    found = signature_work.newer(registry, source, request["signatures"], digest)
+                    return {"digest": digest, "signatures": signature_work.encoded(found)}
+                except Error as error:
+                    failed.append(error)
+        finally:
+            registry.close()
+    told = next((each for each in failed if is_refusal(each)), failed[0])
+    raise type(told)(_with_earlier(told, [str(each) for each in failed if each is not told])) from told
 
 
 def layer(request: Request, progress: Progress) -> dict[str, Any]:
@@ -192,10 +250,12 @@ def _unpacked(request: Request, chunks: Iterable[bytes], progress: Progress) -> 
     directory = Path(request["directory"])
     remove_tree(directory)
     directory.mkdir(mode=0o700)
-    compressed, plain = _Hash(request["digest"]), _Hash(request["diff_id"])
-    fetched = ahead(compressed.of(progress.counting_fetched(chunks)))
+    compressed, plain = Digest(request["digest"]), Digest(request["diff_id"])
+    counted = progress.counting_fetched(chunks)
+    fetched = ahead(compressed.of(counted) if request["digest"] else counted)
     clear = fetched if decryption is None else decryption.of(fetched)
-    expanded = ahead(plain.of(clear if request["file"] else decompressed(clear)))
+    content = clear if request["file"] else decompressed(clear)
+    expanded = ahead(plain.of(content) if request["diff_id"] else content)
     try:
         made: Unpacked | None = _made(request, progress.counting_unpacked(expanded), directory)
         trouble = None
@@ -255,27 +315,6 @@ def _drain(*iterators: Iterator[bytes]) -> None:
             pass  # the first error is the one that counts
 
 
-class _Hash:
-    def __init__(self, expected: str) -> None:
-        self._expected = expected
-        self._hash = hashlib.new(expected.partition(":")[0]) if expected else None
-        self.is_whole = False
-
-    def of(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        for chunk in chunks:
-            if self._hash is not None:
-                self._hash.update(chunk)
-            yield chunk
-        self.is_whole = True
-
-    def check(self, subject: str) -> None:
-        if self._hash is None:
-            return
-        found = f"{self._expected.partition(':')[0]}:{self._hash.hexdigest()}"
-        if found != self._expected:
-            raise Error(f"{subject} has the digest {found}, expected {self._expected}")
-
-
 def inspect(request: Request, progress: Progress) -> dict[str, Any]:
     """What images a local archive or layout holds."""
     scratch = Path(request["scratch"])
@@ -286,6 +325,7 @@ def inspect(request: Request, progress: Progress) -> dict[str, Any]:
     for image in images:
         _authorize((layer for _, layer in image.layers), request, subject)
     return {
+        "format": _transport(path, has_manifests=any(image.manifest for image in images)),
         "images": [
             {
                 "names": image.names,
@@ -301,8 +341,67 @@ def inspect(request: Request, progress: Progress) -> dict[str, Any]:
                 ],
             }
             for image in images
-        ]
+        ],
     }
+
+
+def _transport(path: Path, *, has_manifests: bool) -> str:
+    """What containers-policy.json(5) calls this kind of place."""
+    if not has_manifests:
+        return "docker-archive"
+    return "oci" if path.is_dir() else "oci-archive"
+
+
+def save_images(request: Request, progress: Progress) -> dict[str, Any]:
+    """Writes images to a file or directory, each as an exact copy where its blobs can be fetched again."""
+    temporary = Path(request["temporary"])
+    progress.measure = _unwritten_bytes  # at the end it is synced
+    images = [
+        Wanted(
+            **{key: image[key] for key in ("id", "config", "manifest", "media_type")},
+            names=tuple(image["names"]),
+            layers=tuple(Layer(**{**layer, "tree": Path(layer["tree"])}) for layer in image["layers"]),
+        )
+        for image in request["images"]
+    ]
+    with contextlib.ExitStack() as stack:
+        blobs = {
+            image["id"]: _Fetching(image["sources"], request, stack).blob
+            for image in request["images"]
+            if image["sources"]
+        }
+        _unfinished.append(temporary)
+        try:
+            saved = save(images, Path(request["path"]), temporary, request["format"], blobs, progress.written)
+        finally:
+            _unfinished.remove(temporary)
+    return {"images": [asdict(image) for image in saved], **asdict(progress.written)}
+
+
+class _Fetching:
+    """Blobs of one image from the first of its sources that has them; one that does not answer is not asked again."""
+
+    def __init__(self, sources: list[dict[str, Any]], request: Request, stack: contextlib.ExitStack) -> None:
+        session = _session(request)
+        self._registries = [(source["host"], _registry(source, session, request)) for source in sources]
+        for _, registry in self._registries:
+            stack.callback(registry.close)
+
+    def blob(self, wanted: Descriptor) -> Iterator[bytes]:
+        failed = []
+        for host, registry in tuple(self._registries):
+            chunks = registry.blob(wanted.digest, wanted.size_bytes)
+            try:
+                first = next(chunks, b"")
+            except Error as error:
+                failed.append(str(error))
+                if isinstance(error, Unavailable):
+                    self._registries.remove((host, registry))
+                continue
+            yield first
+            yield from chunks
+            return
+        raise NotFound("; ".join(failed) or "no registry answers")
 
 
 def remove(request: Request, progress: Progress) -> dict[str, Any]:
@@ -317,8 +416,12 @@ _VERBS = {
     "sync": sync,
     "verify": verify,
     "inspect": inspect,
+    "verify_signatures": verify_signatures,
+    "newer_signatures": newer_signatures,
     "remove": remove,
+    "save": save_images,
 }
+_unfinished: list[Path] = []  # what is being saved outside of the store: nobody would sweep it
 
 
 def _session(request: Request) -> "Session":
@@ -366,6 +469,9 @@ def main() -> None:
 def _read_requests(requests: "queue.Queue[Request]") -> None:
     for line in sys.stdin:
         requests.put(json.loads(line))
+    for path in _unfinished:
+        with contextlib.suppress(OSError):
+            remove_unfinished(path)
     os._exit(0)  # the daemon is gone, or done with us
 
 

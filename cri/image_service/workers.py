@@ -189,7 +189,8 @@ def _error(answer: dict[str, Any], request: dict[str, Any]) -> Exception:
     kind, message = answer["kind"], answer["message"]
     if kind == "OSError":
         if answer["errno"] in (ENOSPC, EDQUOT):
-            return ResourceExhausted(f"no room on the file system of the image store while {_doing(request)}")
+            where = request["path"] if request["verb"] == "save" else "the image store"
+            return ResourceExhausted(f"no room on the file system of {where} while {_doing(request)}")
         where = f" ({answer['path']})" if answer.get("path") else ""
         return Error(f"{message}{where} while {_doing(request)}")
     found = getattr(oci.errors, kind, Error)
@@ -203,6 +204,10 @@ def _doing(request: dict[str, Any]) -> str:
             return f"asking for {request['name']}"
         case "layer":
             return f"fetching and unpacking layer {request['digest'] or request['id']}"
+        case "verify_signatures" | "newer_signatures":
+            return f"verifying the signatures of image {request['signatures']['identity']}"
+        case "save":
+            return f"saving {', '.join(name for image in request['images'] for name in image['names']) or 'images'}"
         case "inspect":
             return f"reading {request['path']}"
         case verb:

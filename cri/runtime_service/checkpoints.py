@@ -33,7 +33,9 @@ POD_DUMP = "pod.dump"
 VERSION = 1
 IMAGE_ANNOTATION = "io.kubernetes.cri-o.annotations.checkpoint.name"  # of an image that is a container's checkpoint
 
-ToRun = Callable[[Image, ContainerSpec], Awaitable[ImageToRun]]
+ARCHIVE_TRANSPORT = "tarball"  # as which a policy judges an archive that is no image (containers-policy.json(5))
+
+ToRun = Callable[[Image, ContainerSpec, str], Awaitable[ImageToRun]]
 
 
 class ContainerCheckpoints:
@@ -60,13 +62,18 @@ class ContainerCheckpoints:
         await asyncio.to_thread(_check_location, path)
         await self._checkpoints.save({path: container}, timeout_s)
 
-    async def find(self, image: str) -> Checkpoint | None:
-        """What CreateContainer is to restore where `image` is an archive's path or a checkpoint image; else None."""
+    async def find(self, image: str, name: str, namespace: str) -> Checkpoint | None:
+        """What CreateContainer is to restore where `image` is an archive's path or a checkpoint image; else None.
+
+        Raises PermissionDenied where the policy of the namespace refuses it: `name` is what the pod's author called it.
+        """
         if image.startswith("/"):
+            await self._images.allow_file(Path(image), ARCHIVE_TRANSPORT, namespace)
             return await checkpoint_archive.read(Path(image))
         found = self._images.find(image)
         if found is None or not await self._is_checkpoint_image(found.id):
             return None
+        await self._images.allow(found, name, namespace)
         await self._images.ensure(found.id)
         layers = self._images.layer_paths(found.id)
         if len(layers) != 1:
@@ -80,7 +87,7 @@ class ContainerCheckpoints:
             self._is_checkpoint[image_id] = IMAGE_ANNOTATION in (annotations or {})
         return self._is_checkpoint[image_id]
 
-    async def image_of(self, checkpoint: Checkpoint) -> Image:
+    async def image_of(self, checkpoint: Checkpoint, namespace: str) -> Image:
         """The image that the checkpointed container ran, pulled where it is not here any more."""
         for name in checkpoint.image_names:
             if (found := self._images.find(name)) is not None:
@@ -88,7 +95,7 @@ class ContainerCheckpoints:
         pullable = [name for name in checkpoint.image_names if not name.startswith(("sha256:", "/"))]
         if not pullable:
             raise NotFound(f"checkpoint {checkpoint.source}: it does not name the image that its container ran")
-        return await self._images.pull(pullable[0])
+        return await self._images.pull(pullable[0], namespace=namespace)
 
     # A pod
 
@@ -123,13 +130,13 @@ class ContainerCheckpoints:
         names = [each.name for each in wanted]
         if not names or len(set(names)) != len(names) or set(names) != set(found):
             raise InvalidArgument(f"container_configs: {sorted(names)}; the checkpoint {directory} has {sorted(found)}")
-        parts = [(each, await self._matching(found[each.name], each)) for each in wanted]
+        parts = [(each, await self._matching(found[each.name], each, spec.namespace)) for each in wanted]
         sandbox = await self._sandboxes.run(spec, handler)
         try:
             pod = self._sandboxes.environment(sandbox)
             made = [
                 await self._containers.create(
-                    each, pod, await to_run(image, each), self._handlers.resolve(handler), checkpoint
+                    each, pod, await to_run(image, each, spec.namespace), self._handlers.resolve(handler), checkpoint
                 )
                 for each, (image, checkpoint) in parts
             ]
@@ -149,9 +156,10 @@ class ContainerCheckpoints:
         except (ValueError, KeyError, AttributeError, TypeError, NotADirectoryError) as error:
             raise InvalidArgument(f"checkpoint_path: {directory / POD_DUMP} is none of ours: {error!r}") from error
 
-    async def _matching(self, archive: Path, wanted: ContainerSpec) -> tuple[Image, Checkpoint]:
+    async def _matching(self, archive: Path, wanted: ContainerSpec, namespace: str) -> tuple[Image, Checkpoint]:
+        await self._images.allow_file(archive, ARCHIVE_TRANSPORT, namespace)
         checkpoint = await checkpoint_archive.read(archive)
-        image = await self.image_of(checkpoint)
+        image = await self.image_of(checkpoint, namespace)
         named = self._images.find(wanted.image)
         if named is not None and named.id != image.id:
             raise InvalidArgument(f"container_configs: {wanted.name!r} names {named.id}, its checkpoint {image.id}")

@@ -61,7 +61,8 @@ class Streaming:
             if not 0 < port < 65536:
                 raise InvalidArgument(f"port: {port} is no TCP port")
         sandbox = self._sandboxes.ready(request.pod_sandbox_id)
-        target = PortForwardTarget(sandbox.id, self._sandboxes.netns(sandbox), tuple(request.port))
+        ips = sandbox.record.ips if sandbox.record.runtime_sandbox else ()
+        target = PortForwardTarget(sandbox.id, self._sandboxes.netns(sandbox), tuple(request.port), ips)
         return await self._streams.register(target)
 
     def _running(self, id: str, verb: str) -> Container:

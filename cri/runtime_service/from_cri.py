@@ -348,6 +348,7 @@ def _mount(message: api.Mount, index: int) -> Mount:
         uid_mappings=_id_mappings(message.uidMappings),
         gid_mappings=_id_mappings(message.gidMappings),
         image=image,
+        image_name=message.image.user_specified_image,
         image_sub_path=message.image_sub_path,
         options=tuple(message.mount_options),
     )

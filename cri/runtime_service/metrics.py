@@ -165,6 +165,8 @@ class PodMetrics:
         self, sandbox: Sandbox, container: Container, layer: LayerUsage, filesystem: Filesystem
     ) -> api.ContainerMetrics:
         record, pod = container.record, sandbox.record.spec
+        if record.in_sandbox:  # its cgroup is empty: the kernel counts the pod's alone
+            return api.ContainerMetrics(container_id=record.id)
         path = self._containers.cgroup_path(container)
         found = self._counters(path, each_process=True)
         if found is None:  # it has ended meanwhile

@@ -147,16 +147,18 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
     ) -> api.CreateContainerResponse:
         sandbox = self._sandboxes.ready(_required(request, "pod_sandbox_id"))
         spec = from_cri.container_spec(request.config)
-        checkpoint = await self._checkpoints.find(request.config.image.image)
+        namespace = sandbox.record.spec.namespace
+        checkpoint = await self._checkpoints.find(request.config.image.image, spec.image, namespace)
         image = None if checkpoint is not None else self._images.resolve(request.config.image.image)
         key = f"create container {sandbox.id}/{spec.name}/{spec.attempt} {_digest(request.config)}"
 
         async def create() -> Container:
             pod = self._sandboxes.environment(self._sandboxes.ready(sandbox.id))
-            base = image if checkpoint is None else await self._checkpoints.image_of(checkpoint)
+            base = image if checkpoint is None else await self._checkpoints.image_of(checkpoint, namespace)
             assert base is not None  # resolved, where there is no checkpoint
             handler = self._handlers.resolve(sandbox.record.runtime_handler)
-            return await self._containers.create(spec, pod, await self._to_run(base, spec), handler, checkpoint)
+            to_run = await self._to_run(base, spec, namespace)
+            return await self._containers.create(spec, pod, to_run, handler, checkpoint)
 
         container = await self._changes.run(key, create)
         return api.CreateContainerResponse(container_id=container.id)
@@ -344,14 +346,18 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
 
     # Small steps
 
-    async def _to_run(self, image: Image, spec: ContainerSpec) -> ImageToRun:
+    async def _to_run(self, image: Image, spec: ContainerSpec, namespace: str) -> ImageToRun:
+        """The image, and those that are mounted, whole on the disk and accepted by the policy of the namespace."""
         if image.artifact is not None:
             raise InvalidArgument(
                 f"config.image.image: {_image_ref(image)} is an artifact of type {image.artifact.type!r}, not a"
                 " container image: it can be mounted as a volume, but not run"
             )
-        for image_id in (image.id, *(self._images.resolve(mount.image).id for mount in spec.mounts if mount.image)):
-            await self._images.ensure(image_id)
+        mounted = [(self._images.resolve(each.image), each) for each in spec.mounts if each.image]
+        named = [(image, spec.image), *((volume, each.image_name or each.image) for volume, each in mounted)]
+        for found, name in named:
+            await self._images.allow(found, name, namespace)
+            await self._images.ensure(found.id)
         layers = self._images.layer_paths(image.id)
         return ImageToRun(image.id, _image_ref(image), image.config, layers, self._image_mounts(spec))
 

@@ -13,6 +13,7 @@ from cri.api.runtime.v1 import api_pb2 as api
 from cri.runtime_service import to_cri
 from oci import stats
 from oci.container import Container
+from oci.container_spec import ContainerId
 from oci.containers import Containers
 from oci.errors import NotFound
 from oci.linux.cgroup import Cgroups
@@ -27,6 +28,7 @@ T = TypeVar("T")
 
 SAMPLE_INTERVAL_S = 10.0  # the kubelet asks as often
 PRIMARY_INTERFACE = "eth0"
+TELLERS = 4  # commands at once that ask OCI runtimes for what happens in their sandboxes
 REST_RATIO = 100  # at least this many times as long as a round of samples took passes before the next one
 
 
@@ -35,7 +37,7 @@ class PodPlaces:
     """Where a pod's numbers are read; found on the event loop, read on a thread."""
 
     own_cgroup: str  # that holds this pod and no other; "" where there is none
-    members: tuple[str, ...]  # the cgroups of its containers
+    members: tuple[str, ...]  # the cgroups of its containers, or that of the sandbox which they live in
     netns: str  # "" on the node's network, and once stopped
     pid: int  # some process in the network namespace; 0 where there is none
 
@@ -58,6 +60,7 @@ class Stats:
         self._layers = layers
         self._pool = pool
         self._rates = stats.CpuRates()
+        self._tellers = asyncio.Semaphore(TELLERS)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -70,10 +73,18 @@ class Stats:
 
     async def containers(self, wanted: Sequence[Container]) -> list[api.ContainerStats]:
         """One message per container; one that has ended has no CPU and memory any more."""
-        paths = [self._containers.cgroup_path(each) if each.is_alive else "" for each in wanted]
+        paths = [self._containers.cgroup_path(each) if _has_cgroup(each) else "" for each in wanted]
         numbers = await self._pooled(lambda: [self._read(path) for path in paths])
+        told = dict(await asyncio.gather(*(self._told(each) for each in wanted if each.record.in_sandbox)))
+        numbers = [told.get(each.id, read) for each, read in zip(wanted, numbers, strict=True)]
         layers = [await self._layers.usage(each.id) for each in wanted]
         return [self._container(*each) for each in zip(wanted, numbers, layers, strict=True)]
+
+    async def _told(self, container: Container) -> tuple[ContainerId, stats.CgroupStats | None]:
+        """What the runtime tells of a container in its sandbox; a process each, so few at a time."""
+        async with self._tellers:
+            usage = await self._containers.usage_in_sandbox(container)
+        return container.id, stats.of_usage(usage) if usage is not None else None
 
     async def sandboxes(self, wanted: Sequence[Sandbox]) -> list[api.PodSandboxStats]:
         """One message per pod, with those of its containers."""
@@ -94,10 +105,15 @@ class Stats:
         running = (each.record.status.pid for each in alive if each.state is ContainerState.RUNNING)
         return PodPlaces(
             own_cgroup=self._own_cgroup(sandbox, shared),
-            members=tuple(self._containers.cgroup_path(each) for each in alive),
+            members=self._members(sandbox, alive),
             netns=self._sandboxes.netns(sandbox),
             pid=sandbox.record.pause_pid or next(running, 0),
         )
+
+    def _members(self, sandbox: Sandbox, alive: Iterable[Container]) -> tuple[str, ...]:
+        if sandbox.record.runtime_sandbox:
+            return (self._sandboxes.process_cgroup_path(sandbox),)
+        return tuple(self._containers.cgroup_path(each) for each in alive)
 
     def _own_cgroup(self, sandbox: Sandbox, shared: Set[str]) -> str:
         """The cgroup that holds this pod and no other; "" where there is none."""
@@ -129,7 +145,7 @@ class Stats:
 
     async def _sample(self) -> None:
         """Read the CPU time of all that runs: one small file each."""
-        alive = [each for each in self._containers.all() if each.is_alive]
+        alive = [each for each in self._containers.all() if _has_cgroup(each)]
         pods, shared = self._sandboxes.all(), self._shared_parents()
         paths: dict[str, tuple[str, int]] = {
             each.id: (self._containers.cgroup_path(each), each.record.requested_at) for each in alive
@@ -229,6 +245,11 @@ class Stats:
 
     async def _pooled(self, leaf: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, leaf)
+
+
+def _has_cgroup(container: Container) -> bool:
+    """Whether it has one with its processes: those of a container in a sandbox are in the sandbox's."""
+    return container.is_alive and not container.record.in_sandbox
 
 
 def read_interfaces(places: PodPlaces) -> tuple[InterfaceStats, ...]:

@@ -186,7 +186,7 @@ def _mount(mount: Mount, image_mounts: Mapping[str, str]) -> api.Mount:
 
 def _volume_image(mount: Mount, image_mounts: Mapping[str, str]) -> api.ImageSpec:
     image_id = image_mounts.get(mount.container_path, "")
-    return api.ImageSpec(image=mount.image, user_specified_image=mount.image, image_ref=image_id)
+    return api.ImageSpec(image=mount.image, user_specified_image=mount.image_name or mount.image, image_ref=image_id)
 
 
 def _namespace_options(record: SandboxRecord) -> api.NamespaceOption:

@@ -98,7 +98,7 @@ def _request(stream: SpdyStream, kind: str) -> str:
 async def forward(target: PortForwardTarget, port: int, data: Channel, error: Channel) -> None:
     """One connection, to its end."""
     try:
-        sock = await connect(target.netns, port)
+        sock = await connect(target.netns, port, target.ips)
     except FileNotFoundError:
         _log.warning("port-forward to pod sandbox %s: its network namespace is gone", target.sandbox_id)
         with contextlib.suppress(ClientGone):
@@ -124,21 +124,27 @@ async def forward(target: PortForwardTarget, port: int, data: Channel, error: Ch
     await error.close()
 
 
-async def connect(netns: str, port: int) -> socket.socket:
-    """A connection to `port` on the loopback addresses of a network namespace ("" is ours).
+async def connect(netns: str, port: int, ips: Sequence[str] = ()) -> socket.socket:
+    """A connection to `port` on the loopback addresses of a network namespace ("" is ours), else on `ips` from here.
 
-    Raises OSError: the one of 127.0.0.1 where ::1 does not answer either; FileNotFoundError when the namespace is gone.
+    Raises OSError: the one of 127.0.0.1 where no other answers; FileNotFoundError when the namespace is gone.
     """
     first: OSError | None = None
-    for family, address in LOOPBACKS:
+    for where, family, address in _addresses(netns, ips):
         try:
-            return await _connect(netns, family, address, port)
+            return await _connect(where, family, address, port)
         except FileNotFoundError:
             raise
         except OSError as error:
             first = first or error
     assert first is not None
     raise first
+
+
+def _addresses(netns: str, ips: Sequence[str]) -> list[tuple[str, socket.AddressFamily, str]]:
+    """Network namespace, family and address, in the order in which they are tried."""
+    within = [(netns, family, address) for family, address in LOOPBACKS]
+    return [*within, *(("", socket.AF_INET6 if ":" in ip else socket.AF_INET, ip) for ip in ips)]
 
 
 async def _connect(netns: str, family: socket.AddressFamily, address: str, port: int) -> socket.socket:

@@ -32,11 +32,15 @@ class AttachTarget:
 
 @dataclass(frozen=True, slots=True)
 class PortForwardTarget:
-    """TCP ports of a pod, on its loopback addresses."""
+    """TCP ports of a pod, on its loopback addresses.
+
+    `ips` are tried next, from the node: for a pod whose sandbox has a network stack of its own, behind its namespace.
+    """
 
     sandbox_id: str
     netns: str  # path; "" is the node's network
     ports: tuple[int, ...]  # for clients whose protocol names none per connection
+    ips: tuple[str, ...] = ()
 
 
 Target = ExecTarget | AttachTarget | PortForwardTarget

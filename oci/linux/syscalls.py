@@ -97,11 +97,11 @@ def umount2(target: PathText, flags: int = 0) -> None:
 
 
 def open_tree(dirfd: int, path: PathText, flags: int) -> int:
-    return _syscall(path, _NR_OPEN_TREE, ctypes.c_int(dirfd), os.fsencode(path), ctypes.c_uint(flags))
+    return syscall(path, _NR_OPEN_TREE, ctypes.c_int(dirfd), os.fsencode(path), ctypes.c_uint(flags))
 
 
 def move_mount(from_fd: int, from_path: PathText, to_fd: int, to_path: PathText, flags: int) -> None:
-    _syscall(
+    syscall(
         to_path or from_path,
         _NR_MOVE_MOUNT,
         ctypes.c_int(from_fd),
@@ -113,13 +113,13 @@ def move_mount(from_fd: int, from_path: PathText, to_fd: int, to_path: PathText,
 
 
 def fsopen(fstype: str, flags: int = FSOPEN_CLOEXEC) -> int:
-    return _syscall(fstype, _NR_FSOPEN, fstype.encode(), ctypes.c_uint(flags))
+    return syscall(fstype, _NR_FSOPEN, fstype.encode(), ctypes.c_uint(flags))
 
 
 def fsconfig(fd: int, command: int, key: str | None = None, value: PathText | None = None, aux: int = 0) -> None:
     """The error's path is `value`, its text what the file system logged on `fd`, if anything."""
     try:
-        _syscall(
+        syscall(
             value or key or "",
             _NR_FSCONFIG,
             ctypes.c_int(fd),
@@ -148,7 +148,7 @@ def fs_log(fd: int) -> list[str]:
 
 def fsmount(fd: int, flags: int = FSMOUNT_CLOEXEC, attributes: int = 0) -> int:
     try:
-        return _syscall("", _NR_FSMOUNT, ctypes.c_int(fd), ctypes.c_uint(flags), ctypes.c_uint(attributes))
+        return syscall("", _NR_FSMOUNT, ctypes.c_int(fd), ctypes.c_uint(flags), ctypes.c_uint(attributes))
     except OSError as error:
         raise OSError(error.errno, "; ".join([error.strerror or "", *fs_log(fd)])) from None
 
@@ -164,7 +164,7 @@ def mount_setattr(
     userns_fd: int = 0,
 ) -> None:
     attributes = _MountAttr(attr_set, attr_clr, propagation, userns_fd)
-    _syscall(
+    syscall(
         path,
         _NR_MOUNT_SETATTR,
         ctypes.c_int(dirfd),
@@ -177,7 +177,7 @@ def mount_setattr(
 
 def openat2(dirfd: int, path: PathText, flags: int, *, mode: int = 0, resolve: int = 0) -> int:
     how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
-    return _syscall(
+    return syscall(
         path,
         _NR_OPENAT2,
         ctypes.c_int(dirfd),
@@ -251,7 +251,8 @@ def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 
     return _checked(result, "prctl")
 
 
-def _syscall(path: PathText, number: int, *arguments: object) -> int:
+def syscall(path: PathText, number: int, *arguments: object) -> int:
+    """Any call by its number; a failure is an OSError with `path`."""
     return _checked(_libc.syscall(ctypes.c_long(number), *arguments), path)
 
 

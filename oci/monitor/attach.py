@@ -1,6 +1,7 @@
 """Attached clients: the container's output is copied to each of them, their input goes to its stdin.
 
-A client that does not read is let go once its buffer is full; neither the log nor the container ever waits for one.
+Output waits for a client that is far behind, but not for long: one that does not read is let go. So a container writes
+no faster than its clients read, and is held up by nobody who does not.
 """
 
 import os
@@ -11,10 +12,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from oci.monitor.loop import Loop
+    from oci.monitor.loop import Loop, Timer
 
 BUFFER_BYTES = 256 * 1024  # over what the client's own pipe holds
-INPUT_BYTES = 16 * 1024
+HOLD_S = 2.0  # for a client with a full buffer to take it, and most of what its pipe holds: the kernel waits for that
+INPUT_BYTES = 64 * 1024  # what the container's pipe holds
 
 
 class Stdin:
@@ -109,19 +111,25 @@ class Stdin:
 
 
 class Sink:
-    """One stream on its way to one client."""
+    """One stream on its way to one client. Who writes while it `is_full` makes it grow: wait for `on_taken`."""
 
-    def __init__(self, loop: "Loop", fd: int, on_broken: "Callable[[], None]") -> None:
+    def __init__(self, loop: "Loop", fd: int, on_broken: "Callable[[], None]", on_taken: "Callable[[], None]") -> None:
         self._loop = loop
         self._fd = fd
         self._rest = b""
+        self._patience: Timer | None = None
         self._on_broken = on_broken
+        self._on_taken = on_taken
         os.set_blocking(fd, False)
         self._watch(0)
 
     @property
     def is_empty(self) -> bool:
         return not self._rest
+
+    @property
+    def is_full(self) -> bool:
+        return self._patience is not None
 
     def _watch(self, events: int) -> None:
         try:
@@ -131,15 +139,15 @@ class Sink:
 
     def write(self, data: bytes) -> None:
         if self._rest:
-            if len(self._rest) + len(data) > BUFFER_BYTES:
-                self._on_broken()
-            else:
-                self._rest += data
-            return
-        done = self._try(data)
-        if 0 <= done < len(data):
+            self._rest += data
+        else:
+            done = self._try(data)
+            if not 0 <= done < len(data):
+                return
             self._rest = data[done:]
             self._watch(WRITABLE)
+        if self._patience is None and len(self._rest) >= BUFFER_BYTES:
+            self._patience = self._loop.after(HOLD_S, self._on_broken)
 
     def _try(self, data: bytes) -> int:
         try:
@@ -160,8 +168,16 @@ class Sink:
         self._rest = self._rest[done:]
         if not self._rest:
             self._watch(0)
+            self._stop_waiting()
+            self._on_taken()
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
     def close(self) -> None:
+        self._stop_waiting()
         if self._fd >= 0:
             self._loop.forget(self._fd)
             os.close(self._fd)
@@ -184,6 +200,7 @@ class Attachments:
         self._loop = loop
         self._on_end = on_end
         self._by_number: dict[int, Attachment] = {}
+        self._waiting: dict[str, Callable[[], None]] = {}  # by stream
         self._last = 0
 
     def __len__(self) -> int:
@@ -200,7 +217,7 @@ class Attachments:
         for stream in ("stdout", "stderr"):
             if stream in fds:
                 broken = lambda number=one.number: self.remove(number, "the client does not read")  # noqa: E731
-                one.sinks[stream] = Sink(self._loop, fds.pop(stream), broken)
+                one.sinks[stream] = Sink(self._loop, fds.pop(stream), broken, self._let_go_on)
         if "stdin" in fds and stdin is not None:
             one.stdin = fds.pop("stdin")
             stdin.add(one.stdin)
@@ -214,6 +231,18 @@ class Attachments:
             if sink is not None:
                 sink.write(data)
 
+    def is_full(self, stream: str) -> bool:
+        """Whether somebody is too far behind to get more of it."""
+        return any(stream in one.sinks and one.sinks[stream].is_full for one in self._by_number.values())
+
+    def when_taken(self, stream: str, call: "Callable[[], None]") -> None:
+        """Call once nobody is too far behind any more: within HOLD_S."""
+        self._waiting[stream] = call
+
+    def _let_go_on(self) -> None:
+        for stream in [stream for stream in self._waiting if not self.is_full(stream)]:
+            self._waiting.pop(stream)()
+
     def remove(self, number: int, reason: str, stdin: Stdin | None = None) -> None:
         one = self._by_number.pop(number, None)
         if one is None:
@@ -223,6 +252,7 @@ class Attachments:
         if stdin is not None and one.stdin >= 0:
             stdin.remove(one.stdin)
         self._on_end(number, reason)
+        self._let_go_on()
 
     def remove_all(self, reason: str) -> None:
         for number in list(self._by_number):

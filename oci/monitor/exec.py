@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from oci.monitor.processes import OomScore
 
 FOR_EVER_S = 365 * 24 * 3600.0
+KILL_S = 10.0  # for the runtime's kill
 NO_TIMEOUT_START_S = 120.0  # the runtime's own time where the caller sets none
 
 
@@ -38,6 +39,9 @@ class Exec:
         self._console: Console | None = None
         self._cgroup = ""
         self._pid_file = ""
+        self._inner_pid_file = ""  # of an exec in a sandbox
+        self._end_inside: Callable[[str, Callable[[str | None], None]], Command] | None = None
+        self._is_ending = False
         self._timer: Timer | None = None
         self._kill: processes.TreeKill | None = None
         self._status: int | None = None
@@ -55,11 +59,13 @@ class Exec:
         tty: bool,
         timeout_s: float | None,
         cgroup: str,
+        in_sandbox: bool,
         oom_score: "OomScore",
     ) -> None:
         """`fds`: `process` (the OCI process object's file), stdin, stdout, stderr; they stay the caller's.
 
-        `cgroup`: the container's cgroup v2 directory, "" to go without one of the process's own.
+        `cgroup`: the container's cgroup v2 directory, "" to go without one of the process's own. `in_sandbox`: our
+        child only stands for the process, which lives in the pod's sandbox and is killed there, by its pid within.
         """
         self._pid_file = f"{directory}/exec-{self.number}.pid"
         arguments = ["exec", "--detach", "--pid-file", self._pid_file]
@@ -69,6 +75,24 @@ class Exec:
             arguments += ["--console-socket", self._console.path]
         if cgroup:
             arguments += self._make_cgroup(cgroup)
+        if in_sandbox:
+            self._inner_pid_file = f"{directory}/exec-{self.number}.inner"
+            arguments += ["--internal-pid-file", self._inner_pid_file]
+
+            def end_inside(pid: str, done: "Callable[[str | None], None]") -> Command:
+                return Command(
+                    self._loop,
+                    runtime=runtime,
+                    arguments=["kill", "--pid", pid, container_id, "9"],
+                    environment=environment,
+                    stdio=(0, 1, 1),
+                    log_path=f"{directory}/exec-{self.number}.log",
+                    timeout_s=KILL_S,
+                    oom_score=oom_score,
+                    done=done,
+                )
+
+            self._end_inside = end_inside
         if timeout_s is not None:
             self._timer = self._loop.after(timeout_s, self.expire)
         try:
@@ -107,6 +131,8 @@ class Exec:
         if error is not None:
             self._cancel_timer()
             self._remove_cgroup()
+            if self._inner_pid_file:
+                kernel.unlink(self._inner_pid_file)
         self._on_start(self, error, master)
         if error is None and self.is_late:
             self.expire()
@@ -114,20 +140,43 @@ class Exec:
     def ended(self, status: int) -> None:
         """The process itself was reaped."""
         self._status = status
-        if self._kill is None:
+        if self._kill is None and not self._is_ending:
             self._finish()
 
     def expire(self) -> None:
         """Its time is over, or nobody wants it any more: kill all of its tree, then report."""
         self.is_late = True
         self._cancel_timer()
-        if self._kill is not None:
+        if self._kill is not None or self._is_ending:
             return
         if self.pid:
             self._kill_cgroup()
-            self._kill = processes.TreeKill(self._loop, self.pid, self._killed)
+            self._kill_inside(self._kill_tree)
         elif self._command is not None:  # the runtime itself hangs
             self._command.expire()
+
+    def _kill_inside(self, then: "Callable[[], None]") -> None:
+        """Kill the process in the sandbox, if that is where it lives; then go on, whether that has worked or not."""
+        inner = _text(self._inner_pid_file).strip()
+        if self._end_inside is None or not inner:
+            then()
+            return
+
+        def done(_error: str | None) -> None:
+            self._is_ending = False
+            then()
+
+        self._is_ending = True
+        try:
+            self._end_inside(inner, done)
+        except OSError:
+            done(None)
+
+    def _kill_tree(self) -> None:
+        if self._status is None:
+            self._kill = processes.TreeKill(self._loop, self.pid, self._killed)
+        else:
+            self._finish()
 
     def _kill_cgroup(self) -> None:
         if self._cgroup:
@@ -150,6 +199,8 @@ class Exec:
         assert self._status is not None
         self._cancel_timer()
         self._remove_cgroup()
+        if self._inner_pid_file:
+            kernel.unlink(self._inner_pid_file)
         code, _ = processes.exit_code(self._status)
         self._on_exit(self, {"exit_code": code, "timed_out": self.is_late, "left": self._left})
 
@@ -164,3 +215,11 @@ class Exec:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _text(path: str) -> str:
+    """A file's text; empty where there is none."""
+    try:
+        return kernel.read_file(path) if path else ""
+    except OSError:
+        return ""

@@ -5,6 +5,7 @@ import array
 import errno
 import gc
 import os
+import signal
 import sys
 import time
 
@@ -17,6 +18,7 @@ from oci.monitor.log_file import LINE_BYTES, LogFile
 from oci.monitor.loop import READABLE, Loop
 from oci.monitor.processes import OomScore, TreeKill, exit_code
 from oci.monitor.stdio import Stdio
+from oci.monitor.wait import Wait
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ FDS_AT_REST = 200
 UNUSED_S = 30.0  # a monitor without a container and without a client is of no use
 DRAIN_BYTES = 2 * 1024 * 1024  # more than a pipe can hold
 FLUSH_S = 5.0  # attached clients have this long to read the end
+KILL_S = 10.0  # for the runtime's kill
 DELETE_S = 5.0  # the daemon tries again, and in the end without the runtime
 
 
@@ -140,7 +143,7 @@ class Monitor:
         self._oom_score = OomScore(config.get("oom_score_adj", -999), surroundings.oom_score_adj)
         self._clients: list[Client] = []
         self._state = "new"
-        self._commands = 0  # create, start and exec commands under way: a stray child may be theirs
+        self._commands = 0  # create, start, kill and exec commands under way: a stray child may be theirs
         self._strays: dict[int, int] = {}
         self._execs: dict[int, tuple[Exec, Client]] = {}
         self._last_exec = 0
@@ -153,6 +156,12 @@ class Monitor:
         self._log: LogFile | None = None
         self._attachments = Attachments(loop, self._attachment_ended)
         self._stdio: Stdio | None = None
+        self._in_sandbox = bool(config.get("in_sandbox"))  # its process is its pod's sandbox, not our child
+        self._is_started = False
+        self._is_stdio_begun = False
+        self._their_stdio = (0, 1, 1)
+        self._wait: Wait | None = None
+        self._is_sandbox_gone = False
         self._record: wire.Message | None = None
         self._ending = False
         self.has_ended = False
@@ -182,6 +191,8 @@ class Monitor:
     def _can_rest(self) -> bool:
         if self._state != "created" or self._status is not None or self._stdio is None:
             return False
+        if self._in_sandbox and not (self._wait and self._wait.pid):
+            return False
         under_way = self._commands or self._execs or len(self._attachments)
         return not under_way and self._stdio.can_rest and len(self._clients) < FDS_AT_REST - 10
 
@@ -200,8 +211,9 @@ class Monitor:
             "cgroup": cgroup,
             "lines": lines,
             "last_exec": self._last_exec,
+            "wait": self._wait.pid if self._wait else 0,
         }
-        self._link.rest(self._pid, facts, fds)
+        self._link.rest(self._wait.pid if self._wait else self._pid, facts, fds)
 
     def resume(self, facts: wire.Message, numbers: list[int]) -> None:
         """Go on where another working half of this monitor stopped."""
@@ -212,7 +224,11 @@ class Monitor:
         self._state = "created"
         self._pid, self._start_time, self._groups = facts["pid"], facts["start_time"], facts["cgroups"]
         self._last_exec = facts["last_exec"]
-        self._loop.on_exit(self._pid, self._init_ended)
+        if self._in_sandbox:
+            self._is_started = True
+            self._await_in_sandbox().resume(facts["wait"])
+        else:
+            self._loop.on_exit(self._pid, self._init_ended)
         max_bytes = config.get("log_max_bytes", 0)
         self._log = LogFile.resume(config.get("log_path", ""), max_bytes, _complain, fds.get("log", -1), facts["log"])
         self._cgroup = exits.Cgroup.resume(self._loop, fds, facts["cgroup"])
@@ -330,7 +346,10 @@ class Monitor:
             stdio.close()
             client.refuse(request, f"cannot run {self._runtime[0]}: {error.strerror}")
             return
-        stdio.close_theirs()
+        if self._in_sandbox:
+            self._their_stdio = fds  # for the runtime's start, which hands them to the sandbox
+        else:
+            stdio.close_theirs()
 
     def _command(
         self,
@@ -354,22 +373,30 @@ class Monitor:
 
     def _created(self, client: Client, request: int, error: str | None, late: bool, pid_file: str) -> None:
         assert self._stdio is not None
-        if error is None:
-            error = self._adopt(pid_file)
-        else:
-            said = wire.last_bytes(self._stdio.error_text())
-            if said and said not in error:
-                error = f"{error}; stderr: {said}" if ": exit status" not in error else f"{error}: {said}"
-        if error is None and not self._stdio.begin(
-            self._config["stdin"], self._config["stdin_once"], self._end_if_done
-        ):
-            error = "the runtime has made no terminal"
+        error = self._adopt(pid_file) if error is None else self._with_stderr(error)
+        if error is None and not self._in_sandbox:
+            error = self._begin_stdio()
         if error is not None:
             self._undo_create(client, request, error, "deadline" if late else "")
             return
         self._state = "created"
         client.tell({"id": request, **self._facts()})
         self._command_ended()
+
+    def _with_stderr(self, error: str) -> str:
+        """The error with what the failed command has written to the container's stderr, which it had."""
+        assert self._stdio is not None
+        said = wire.last_bytes(self._stdio.error_text())
+        if not said or said in error:
+            return error
+        return f"{error}: {said}" if ": exit status" in error else f"{error}; stderr: {said}"
+
+    def _begin_stdio(self) -> str | None:
+        """Read what the container writes: it has its ends by now, or never will. What is wrong, if anything."""
+        assert self._stdio is not None
+        self._stdio.close_theirs()
+        has_begun = self._stdio.begin(self._config["stdin"], self._config["stdin_once"], self._end_if_done)
+        return None if has_begun else "the runtime has made no terminal"
 
     def _adopt(self, pid_file: str) -> str | None:
         """Take the container's init, now our child: its pid, start time and cgroups. What is wrong, if anything."""
@@ -384,7 +411,8 @@ class Monitor:
         if pid in self._strays:
             return f"the init process {pid} ended before it was started"
         self._pid = pid
-        self._loop.on_exit(pid, self._init_ended)
+        if not self._in_sandbox:
+            self._loop.on_exit(pid, self._init_ended)
         return None
 
     def _undo_create(self, client: Client, request: int, error: str, kind: str) -> None:
@@ -410,6 +438,8 @@ class Monitor:
         self._commands += 1
 
         def done(error: str | None) -> None:
+            if self._in_sandbox:
+                error = self._started_in_sandbox(error)
             if error is None:
                 client.tell({"id": request})
             else:
@@ -417,10 +447,38 @@ class Monitor:
             self._command_ended()
 
         try:
-            command = self._command(["start", self._id], (0, 1, 1), "start.log", message["patience_s"], done)
+            command = self._command(["start", self._id], self._their_stdio, "start.log", message["patience_s"], done)
         except OSError as error:
             self._commands -= 1
             client.refuse(request, f"cannot run {self._runtime[0]}: {error.strerror}")
+
+    def _started_in_sandbox(self, error: str | None) -> str | None:
+        """After the runtime's start, which has handed the streams to the sandbox. What is wrong, if anything."""
+        if error is not None:
+            error = self._with_stderr(error)
+        self._is_stdio_begun, self._their_stdio = True, (0, 1, 1)
+        problem = self._begin_stdio()
+        if error is None:
+            self._is_started = True
+            self._await_in_sandbox().begin()
+        return error or problem
+
+    def _await_in_sandbox(self) -> Wait:
+        self._wait = Wait(
+            self._loop,
+            runtime=self._runtime,
+            container_id=self._id,
+            environment=self._environment,
+            directory=self._directory,
+            oom_score=self._oom_score,
+            sandbox=(self._pid, self._start_time),
+            ended=self._ended_in_sandbox,
+        )
+        return self._wait
+
+    def _ended_in_sandbox(self, status: int, is_sandbox_gone: bool) -> None:
+        self._is_sandbox_gone = is_sandbox_gone
+        self._init_ended(status)
 
     def _command_ended(self) -> None:
         self._commands -= 1
@@ -467,12 +525,13 @@ class Monitor:
             tty=bool(message.get("tty")),
             timeout_s=message.get("patience_s"),
             cgroup=self._cgroup_for_execs(),
+            in_sandbox=self._in_sandbox,
             oom_score=self._oom_score,
         )
 
     def _cgroup_for_execs(self) -> str:
         """The container's cgroup v2 directory where each exec shall get a cgroup below it, else ""."""
-        if self._cgroup is None or not self._config.get("exec_cgroup"):
+        if self._cgroup is None or self._in_sandbox or not self._config.get("exec_cgroup"):
             return ""
         return self._cgroup.directory if self._cgroup.is_unified and self._cgroup.is_own else ""
 
@@ -497,11 +556,40 @@ class Monitor:
         """The init is our child and reaped here alone: its pid cannot be another process's."""
         if self._state != "created":
             raise Refusal(f"the container is {self._state}")
+        if self._in_sandbox:
+            self._kill_in_sandbox(client, request, message["signal"])
+            return
         if message.get("all") and self._cgroup is not None:
             self._cgroup.kill_all()
         if self._status is None:
             os.kill(self._pid, message["signal"])
         client.tell({"id": request})
+
+    def _kill_in_sandbox(self, client: Client, request: int, number: int) -> None:
+        if self._status is not None or not self._is_started:
+            client.tell({"id": request})
+            if self._status is None and number == signal.SIGKILL:
+                self._end_unstarted()
+            return
+
+        def done(error: str | None) -> None:
+            if error is None:
+                client.tell({"id": request})
+            else:
+                client.refuse(request, error)
+            self._command_ended()
+
+        everyone = ["--all"] if number == signal.SIGKILL else []
+        log = f"kill-{request}.log"
+        self._command(["kill", *everyone, self._id, str(number)], (0, 1, 1), log, KILL_S, done)
+        self._commands += 1
+
+    def _end_unstarted(self) -> None:
+        """There is no process yet; the daemon lets the runtime forget the container."""
+        if not self._is_stdio_begun:
+            self._is_stdio_begun = True
+            self._begin_stdio()
+        self._init_ended(signal.SIGKILL)
 
     # Streams
 
@@ -551,7 +639,8 @@ class Monitor:
         assert self._stdio is not None and self._log is not None and self._cgroup is not None
         self._stdio.drain(DRAIN_BYTES)
         code, number = exit_code(self._status)
-        kills, limit = self._cgroup.oom()
+        # The cgroup of a container in a sandbox is that of the whole pod's.
+        kills, limit = self._cgroup.oom() if not self._in_sandbox or self._is_sandbox_gone else (0, "")
         self._record = {
             "pid": self._pid,
             "start_time": self._start_time,
@@ -581,7 +670,7 @@ class Monitor:
     def _kill_leftovers(self) -> None:
         """Where the PID namespace is shared, processes outlive their init: end them, they hold its streams."""
         assert self._cgroup is not None
-        if self._cgroup.kill_all():
+        if not self._in_sandbox and self._cgroup.kill_all():
             self._loop.after(0.05, self._kill_leftovers)
 
     def _end_if_done(self) -> None:
@@ -594,11 +683,19 @@ class Monitor:
         self._flush(time.monotonic() + FLUSH_S)
 
     def _flush(self, deadline: float) -> None:
-        if self._attachments.are_flushed or time.monotonic() > deadline:
+        is_done = self._attachments.are_flushed and not self._has_helpers()
+        if is_done or time.monotonic() > deadline:
             self._attachments.remove_all("the container has exited")
             self._end()
         else:
             self._loop.after(0.02, lambda: self._flush(deadline))
+
+    def _has_helpers(self) -> bool:
+        """Whether processes of the runtime's own are still there, such as runsc's gofer: a delete ends them."""
+        if not self._config.get("has_helpers"):
+            return False
+        ours = (self._own_pid, os.getpid())
+        return any(stat.parent in ours and stat.pid not in ours for stat in kernel.processes())
 
     def _end_if_unused(self) -> None:
         if self._state == "new" and not self._clients:

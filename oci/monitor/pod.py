@@ -121,6 +121,7 @@ class Maker:
         if last is not None:
             raise PodError(last["error"])
         if not self._keep:
+            self._let_it_end(child)
             return {"pid": 0, "start_time": 0}
         return {"pid": self._pid, "start_time": started}
 
@@ -142,6 +143,12 @@ class Maker:
                 forking = False
             elif "ready" in message:
                 ready = True
+
+    def _let_it_end(self, child: int) -> None:
+        """Reap it here: the fork server would take it for an orphan whose exit somebody wants to know."""
+        if self._pid == child:
+            os.waitpid(child, 0)
+            self._pid = 0
 
     def _write_id_maps(self, pid: int) -> None:
         for name in ("uid", "gid"):

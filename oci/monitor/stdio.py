@@ -63,6 +63,10 @@ class Output:
 
     def _on_readable(self, _events: int) -> None:
         for _ in range(READS_AT_ONCE):
+            if self._attachments.is_full(self._name):
+                self._loop.forget(self._fd)
+                self._attachments.when_taken(self._name, self._go_on)
+                break
             if self._read() < READ_BYTES:
                 break
         if self._stamper.keeps and self._part_timer is None:
@@ -109,6 +113,9 @@ class Output:
 
     def _look_again(self) -> None:
         self._is_hung_up = False
+        self._go_on()
+
+    def _go_on(self) -> None:
         if self._fd >= 0:
             self._loop.watch(self._fd, READABLE, self._on_readable)
 

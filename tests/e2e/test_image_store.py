@@ -1,16 +1,10 @@
 """The commands that look after the image store, against a real daemon and without one."""
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.e2e.harness.daemon import CRITO, Daemon
-
-
-def crito(daemon: Daemon, *words: str) -> "subprocess.CompletedProcess[str]":
-    command = [str(CRITO), *words, "--config", str(daemon.directory / "crito.toml")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+from tests.e2e.harness.daemon import Daemon, crito
 
 
 def test_the_store_is_verified_healed_pinned_and_wiped_by_commands(

@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import struct
 import subprocess
 import termios
@@ -24,7 +25,8 @@ from tests.e2e.harness import cgroups, leftovers
 from tests.e2e.harness.cluster import Cluster, Kubectl, missing, running_cluster
 from tests.e2e.harness.daemon import Daemon
 from tests.e2e.harness.kubelet import Kubelet, running_kubelet, text_of_log
-from tests.e2e.harness.ports import free_port, wait_until
+from tests.e2e.harness.ports import wait_until
+from tests.e2e.harness.sessions import forwarded, read_until
 
 MakeDaemon = Callable[..., Daemon]
 
@@ -33,7 +35,10 @@ COMMANDS = ("apply", "attach", "cp", "debug", "delete", "exec", "get", "logs", "
 BIG_BYTES = 100 * 1000 * 1000
 ROTATE_AT_BYTES = 64 << 10
 
-SERVE = "mkdir /www; echo served > /www/index.html; exec httpd -f -p 8080 -h /www"
+ECHO_PORT = 8081
+CONNECTIONS = 20
+
+SERVE = f"nc -ll -p {ECHO_PORT} -e cat & mkdir /www; echo served > /www/index.html; exec httpd -f -p 8080 -h /www"
 REPEAT = "while read line; do echo heard $line; done"
 
 
@@ -104,7 +109,7 @@ def container(name: str, image: str, script: str, **fields: Any) -> dict[str, An
 
 @pytest.fixture(scope="module")
 def pod(node: Node, busybox: str) -> str:
-    """Its container `main` serves HTTP and is probed, `repeats` answers what it reads."""
+    """`main` serves HTTP, echoes and is probed, `repeats` answers what it reads, `echoes` returns it."""
     data = {"name": "data", "mountPath": "/data"}
     main = container(
         "main",
@@ -115,26 +120,13 @@ def pod(node: Node, busybox: str) -> str:
         livenessProbe={"exec": {"command": ["test", "-e", "/www/index.html"]}, "periodSeconds": 1},
     )
     repeats = container("repeats", busybox, REPEAT, stdin=True)
-    node.kubectl.apply(manifest("tools", main, repeats, volumes=[{"name": "data", "emptyDir": {}}]))
+    echoes = container("echoes", busybox, "exec cat", stdin=True)
+    node.kubectl.apply(manifest("tools", main, repeats, echoes, volumes=[{"name": "data", "emptyDir": {}}]))
     try:
         node.kubectl.wait_ready("tools")
     except RuntimeError as error:
         raise AssertionError(f"{error}\nkubelet:\n{text_of_log(node.kubelet)}") from None
     return "tools"
-
-
-def read_until(fd: int, expected: bytes, timeout_s: float = 30) -> bytes:
-    """What comes up to `expected`, and what came with it."""
-    read = b""
-    deadline = time.monotonic() + timeout_s
-    while expected not in read:
-        ready, _, _ = select.select([fd], [], [], max(0, deadline - time.monotonic()))
-        if not ready:
-            raise TimeoutError(f"no {expected!r} within {timeout_s} s, but {read[-2000:]!r}")
-        if not (data := os.read(fd, 1 << 16)):
-            raise EOFError(f"ended before {expected!r}, with {read[-2000:]!r}")
-        read += data
-    return read
 
 
 def talks(session: subprocess.Popen[bytes], text: bytes, answer: bytes = b"") -> None:
@@ -245,6 +237,27 @@ def test_attach_reads_and_writes_the_container_s_own_stdio(kubectl: Kubectl, pod
     wait_until(lambda: "heard through attach" in kubectl("logs", pod, "-c", "repeats"), "it is in the log too")
 
 
+def test_attach_carries_100_mb_in_and_out_intact(kubectl: Kubectl, pod: str, big_file: Path) -> None:
+    with kubectl.session("attach", "-i", pod, "-c", "echoes") as session:
+        assert session.stdin is not None and session.stdout is not None
+
+        returned = sha256_of_echo(session.stdin.fileno(), session.stdout.fileno(), big_file)
+
+    assert returned == sha256(big_file)
+
+
+def sha256_of_echo(to_fd: int, from_fd: int, sent: Path) -> str:
+    """Of as many bytes as are sent, both ways at the same time. Less may come back, and no more is waited for."""
+    left = sent.stat().st_size
+    digest = hashlib.sha256()
+    with subprocess.Popen(["cat", sent], stdin=subprocess.DEVNULL, stdout=to_fd) as sender:
+        while left and select.select([from_fd], [], [], 60)[0] and (data := os.read(from_fd, min(left, 1 << 20))):
+            digest.update(data)
+            left -= len(data)
+        sender.kill()
+    return digest.hexdigest()
+
+
 # logs
 
 
@@ -281,17 +294,6 @@ def rotated(node: Node, pod: str) -> int:
 # port-forward
 
 
-@contextlib.contextmanager
-def forwarded(kubectl: Kubectl, pod: str, *ports: int) -> Iterator[list[int]]:
-    """The local ports, which lead to `ports` of the pod."""
-    local = [free_port() for _ in ports]
-    pairs = [f"{here}:{there}" for here, there in zip(local, ports, strict=True)]
-    with kubectl.session("port-forward", f"pod/{pod}", *pairs) as session:
-        assert session.stdout is not None
-        read_until(session.stdout.fileno(), f"Forwarding from 127.0.0.1:{local[-1]}".encode())
-        yield local
-
-
 def page(port: int) -> bytes:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/index.html", timeout=20) as answer:
         body: bytes = answer.read()
@@ -301,6 +303,36 @@ def page(port: int) -> bytes:
 def test_port_forward_serves_http_connection_after_connection(kubectl: Kubectl, pod: str) -> None:
     with forwarded(kubectl, pod, 8080) as (port,):
         assert [page(port) for _ in range(5)] == [b"served\n"] * 5
+
+
+def test_port_forward_carries_100_mb_in_and_out_intact(kubectl: Kubectl, pod: str, big_file: Path) -> None:
+    with (
+        forwarded(kubectl, pod, ECHO_PORT) as (port,),
+        socket.create_connection(("127.0.0.1", port)) as connection,
+    ):
+        returned = sha256_of_echo(connection.fileno(), connection.fileno(), big_file)
+
+    assert returned == sha256(big_file)
+
+
+def test_a_reset_of_one_forwarded_connection_leaves_many_others_alone(kubectl: Kubectl, pod: str) -> None:
+    with forwarded(kubectl, pod, ECHO_PORT) as (port,), contextlib.ExitStack() as stack:
+
+        def connect() -> socket.socket:
+            return stack.enter_context(socket.create_connection(("127.0.0.1", port), 20))
+
+        def answers(connection: socket.socket, text: bytes) -> bool:
+            connection.sendall(text)
+            return read_until(connection.fileno(), text) == text
+
+        victim, *others = [connect() for _ in range(CONNECTIONS)]
+        assert all(answers(each, b"first of %d" % number) for number, each in enumerate([victim, *others]))
+
+        victim.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        victim.close()
+
+        assert all(answers(each, b"second of %d" % number) for number, each in enumerate(others))
+        assert answers(connect(), b"a new one")
 
 
 # Copies

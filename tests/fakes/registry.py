@@ -28,6 +28,7 @@ class FakeRegistry:
     headers_seen: list[dict[str, str]] = field(default_factory=list)
     certificate: Path | None = None
     key: Path | None = None
+    client_authority: Path | None = None  # who must have signed the callers' certificates; None: nobody
 
     def add(self, repository: str, tag: str, built: Built) -> Built:
         self.blobs.update(built.blobs)
@@ -55,6 +56,9 @@ class FakeRegistry:
         if self.certificate is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(self.certificate, self.key)
+            if self.client_authority is not None:
+                context.verify_mode = ssl.CERT_REQUIRED
+                context.load_verify_locations(self.client_authority)
             self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()

@@ -49,10 +49,11 @@ class Client:
         """A pod of its own uid; `linux` and everything else of PodSandboxConfig can be given."""
         uid = str(uuid.uuid4())
         linux = fields.pop("linux", None) or pb.LinuxPodSandboxConfig()
+        namespace = fields.pop("namespace", "e2e")
         if not linux.cgroup_parent:
             linux.cgroup_parent = f"/{self.cgroup_parent}"
         return pb.PodSandboxConfig(
-            metadata=pb.PodSandboxMetadata(name=name, uid=uid, namespace="e2e", attempt=fields.pop("attempt", 0)),
+            metadata=pb.PodSandboxMetadata(name=name, uid=uid, namespace=namespace, attempt=fields.pop("attempt", 0)),
             hostname=fields.pop("hostname", name),
             log_directory=fields.pop("log_directory", str(self.logs / f"e2e_{name}_{uid}")),
             linux=linux,
@@ -162,8 +163,8 @@ class Client:
 
     # Images
 
-    def pull(self, reference: str, timeout_s: float = 120) -> str:
-        request = pb.PullImageRequest(image=pb.ImageSpec(image=reference))
+    def pull(self, reference: str, timeout_s: float = 120, pod: pb.PodSandboxConfig | None = None) -> str:
+        request = pb.PullImageRequest(image=pb.ImageSpec(image=reference), sandbox_config=pod)
         image_ref: str = self.images.PullImage(request, timeout=timeout_s).image_ref
         return image_ref
 

@@ -166,6 +166,8 @@ class Daemon:
                 "registries_conf": self.registries_conf,
                 "registries_conf_dir": self.directory / "registries.conf.d",
                 "policy": self.directory / "policy.json",
+                "policy_dir": self.directory / "policies",
+                "registries_d": self.directory / "registries.d",
                 "certs_dir": self.directory / "certs.d",
             },
             "network": {"conf_dir": self.cni_conf, "plugin_dirs": [str(folder) for folder in PLUGIN_DIRS]},
@@ -174,6 +176,12 @@ class Daemon:
         for section, values in self.settings.items():
             tables[section] = {**tables.get(section, {}), **values}
         return tables
+
+
+def crito(daemon: Daemon, *words: str) -> "subprocess.CompletedProcess[str]":
+    """What the command says about this daemon."""
+    command = [str(CRITO), *words, "--config", str(daemon.directory / "crito.toml")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def _is_server(process: leftovers.Process) -> bool:

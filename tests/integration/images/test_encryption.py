@@ -255,6 +255,20 @@ def test_an_encrypted_image_is_loaded_from_a_layout_and_from_an_archive(tmp_path
     run(settings(tmp_path, registry), story)
 
 
+def test_an_encrypted_image_is_not_saved_in_the_clear(tmp_path: Path, registry: FakeRegistry) -> None:
+    serve(registry, encrypted(tmp_path, public_pem(EC_KEY)))
+    give(tmp_path, pem(EC_KEY))
+
+    async def story(images: Images) -> None:
+        await images.pull(f"{NAME}:1")
+        with pytest.raises(FailedPrecondition, match="has encrypted layers"):
+            await images.save([f"{NAME}:1"], tmp_path / "saved.tar", "oci-archive")
+
+    run(settings(tmp_path, registry), story)
+
+    assert not (tmp_path / "saved.tar").exists()
+
+
 def test_an_encrypted_file_of_an_artifact_is_decrypted(tmp_path: Path, registry: FakeRegistry) -> None:
     layout = encrypted(tmp_path, public_pem(RSA_KEY))
     give(tmp_path, pem(RSA_KEY))

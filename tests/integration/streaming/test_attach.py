@@ -85,7 +85,9 @@ def test_a_client_that_does_not_read_is_let_go_and_told_why(node: Node, busybox:
             deaf.client.stop_listening()
             await deaf["stdin"].write(b"head -c 64000000 /dev/zero\n")
             async with spdy_command(node.attach_url(shell, stdin=False, stdout=False), "stderr") as other:
-                await deaf["stdin"].write(b"echo still here >&2\n")  # nobody else waits, nor does the container
+                await deaf["stdin"].write(
+                    b"echo still here >&2\n"
+                )  # nobody else waits for long, nor does the container
                 await other["stderr"].read_until(b"still here")
 
             deaf.client.listen()
@@ -98,15 +100,15 @@ def test_a_client_that_does_not_read_is_let_go_and_told_why(node: Node, busybox:
     node.client.remove(shell)
 
 
-def test_a_burst_is_taken_by_a_client_that_reads(node: Node, busybox: str) -> None:
+def test_a_client_that_reads_gets_all_that_a_faster_container_writes(node: Node, busybox: str) -> None:
     shell = node.client.run(node.pod, busybox, ["sh"], name="burst", stdin=True, stdin_once=True)
 
     async def run() -> None:
         async with spdy_command(node.attach_url(shell), "stdin", "stdout", "stderr") as attached:
-            await attached["stdin"].write(b"head -c 6000000 /dev/zero\n")
+            await attached["stdin"].write(b"head -c 64000000 /dev/zero\n")
             await attached["stdin"].close()
 
-            assert await attached["stdout"].read_all() == bytes(6_000_000)
+            assert await attached["stdout"].read_all() == bytes(64_000_000)
             assert (await attached.status())["status"] == "Success"
 
     asyncio.run(run())

@@ -7,7 +7,7 @@ import pytest
 
 from cri import check
 from cri.check import Finding, Weight, can_run, text
-from cri.config import CgroupDriver, Config, RuntimeSection
+from cri.config import CgroupDriver, Config, CritoSection, ImageSection, RuntimeHandler, RuntimeSection
 from oci.linux.cgroup import Cgroups, Hierarchy
 
 GOOD = Finding("kernel", True, Weight.REQUIRED, "6.1")
@@ -66,6 +66,28 @@ def test_json_has_every_finding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert [each["name"] for each in json.loads(capsys.readouterr().out)] == ["kernel", "overlayfs"]
 
 
+def test_policies_that_are_wrong_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "policy.json").write_text('{"default": [{"type": "reject"}]}')
+    config = Config(image=ImageSection(policy=tmp_path / "policy.json", policy_dir=tmp_path / "policies"))
+    assert [finding.ok for finding in check._policies(config)] == [True]
+
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "policies/wrong.json").write_text("{")
+    lost = [{"type": "sigstoreSigned", "keyPath": str(tmp_path / "lost")}]
+    (tmp_path / "policies/lost.json").write_text(json.dumps({"default": lost}))
+    gpg = [{"type": "signedBy", "keyType": "GPGKeys", "keyData": "a2V5"}]
+    content = {"default": [{"type": "reject"}], "transports": {"docker": {"a.io": gpg}}}
+    (tmp_path / "policies/gpg.json").write_text(json.dumps(content))
+    monkeypatch.setattr(check, "find_executable", lambda *_: None)
+
+    policies, gpgv = check._policies(config)
+    assert not policies.ok
+    assert not gpgv.ok
+    assert can_run([policies, gpgv])
+    assert "wrong.json is not JSON" in policies.seen
+    assert f"{tmp_path}/lost: No such file" in policies.seen
+
+
 def test_files_of_hooks_and_devices_that_are_wrong_are_named(tmp_path: Path) -> None:
     (tmp_path / "wrong.json").write_text("{")
     config = Config(runtime=RuntimeSection(cdi_spec_dirs=(tmp_path,), hooks_dir=(tmp_path,)))
@@ -78,3 +100,18 @@ def test_files_of_hooks_and_devices_that_are_wrong_are_named(tmp_path: Path) -> 
     assert all(
         finding.ok for finding in check._described(Config(runtime=RuntimeSection(cdi_spec_dirs=(), hooks_dir=())))
     )
+
+
+def test_runsc_without_sandboxes_of_its_own_is_advised_against(tmp_path: Path) -> None:
+    program = tmp_path / "runsc"
+    program.write_text("#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+    section = CritoSection(root=tmp_path / "root", run_dir=tmp_path / "run")
+
+    def findings(by_runtime: bool) -> list[str]:
+        handler = RuntimeHandler(path=program, root=tmp_path / "state", sandbox_by_runtime=by_runtime)
+        config = Config(crito=section, runtime=RuntimeSection(handlers={"gvisor": handler}))
+        return [each.meaning for each in check._runtimes(config)]
+
+    assert any("sandbox_by_runtime" in meaning for meaning in findings(False))
+    assert not any("sandbox_by_runtime" in meaning for meaning in findings(True))

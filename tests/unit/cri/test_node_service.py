@@ -13,7 +13,18 @@ import pytest
 from cri.changes import Changes
 from cri.image_service.images import Image
 from cri.image_service.progress import Progress
-from cri.node_messages import SERVICE, ImageEvent, Inspect, LoadImage, PullImage, decoder, encode
+from cri.image_service.save import Saved
+from cri.node_messages import (
+    SERVICE,
+    ImageEvent,
+    Inspect,
+    LoadImage,
+    PullImage,
+    SavedImage,
+    SaveImages,
+    decoder,
+    encode,
+)
 from cri.node_service import NodeService
 from cri.server import Edge
 from oci.errors import NotFound
@@ -48,6 +59,13 @@ class SlowImages:
         self, path: Path, reference: str | None, on_progress: Callable[[Progress], None]
     ) -> tuple[Image, ...]:
         return (IMAGE, IMAGE)
+
+    async def save(
+        self, references: Any, path: Path, form: str, credentials: Any, on_progress: Callable[[Progress], None]
+    ) -> tuple[Saved, ...]:
+        self.credentials = credentials
+        on_progress(Progress(f"save to {path}", "done", 1, 1, 300, 300))
+        return tuple(Saved("sha256:3", "sha256:1", (each,), f"as {form}") for each in references)
 
 
 class Uncounted:
@@ -115,6 +133,23 @@ def test_a_caller_that_goes_away_ends_its_pull(tmp_path: Path) -> None:
     asyncio.run(give_up())
 
     assert images.cancelled
+
+
+def test_a_save_tells_progress_and_then_what_was_saved(tmp_path: Path) -> None:
+    images = SlowImages()
+
+    async def saved() -> list[ImageEvent]:
+        async with served(tmp_path, images) as channel:
+            request = SaveImages(("a.test/b:1",), "/out", "oci-archive", "user", "secret")
+            return [event async for event in events(channel, "SaveImages", request)]
+
+    *_, told, last = asyncio.run(saved())
+
+    assert told.progress is not None
+    assert told.progress.phase == "done"
+    assert last.saved == (SavedImage("sha256:3", "sha256:1", ("a.test/b:1",), "as oci-archive"),)
+    assert images.credentials.password == "secret"
+    assert "secret" not in repr(SaveImages((), "/", "x", "user", "secret"))
 
 
 def test_an_error_arrives_with_its_code_and_text(tmp_path: Path) -> None:

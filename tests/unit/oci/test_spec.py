@@ -438,8 +438,6 @@ def test_the_pods_annotations_stay_away_from_the_runtime() -> None:
     assert config["annotations"]["io.kubernetes.cri.sandbox-name"] == "p"
     assert config["annotations"]["io.kubernetes.cri.container-type"] == "container"
     assert "run.oci.x" not in config["annotations"]
-    sandbox = build(wanted, placement=replace(PLACEMENT, is_sandbox=True))["annotations"]
-    assert sandbox["io.kubernetes.cri-o.ContainerType"] == "sandbox"
 
 
 def test_exec_gets_what_the_first_process_has() -> None:
@@ -491,3 +489,33 @@ def test_a_limit_is_lowered_to_what_this_process_may_hand_on(monkeypatch: pytest
     assert permitted(Rlimit("RLIMIT_CORE", 50, -1)) == Rlimit("RLIMIT_CORE", 50, 200)
     with pytest.raises(ValueError, match="RLIMIT_NONE is not a resource limit"):
         permitted(Rlimit("RLIMIT_NONE", 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("mode", "target", "pid"),
+    [
+        (NamespaceMode.CONTAINER, None, [{"type": "pid", "path": "/crito/pid/c1"}]),
+        (NamespaceMode.POD, None, []),
+        (NamespaceMode.NODE, None, []),
+        (NamespaceMode.TARGET, "/crito/pid/c0", [{"type": "pid", "path": "/crito/pid/c0"}]),
+        (NamespaceMode.TARGET, "", []),
+    ],
+)
+def test_in_a_runtimes_sandbox_pid_namespaces_are_names_and_the_network_is_the_pods(
+    mode: NamespaceMode, target: str | None, pid: list[dict[str, str]]
+) -> None:
+    pod = replace(POD, ipc_ns="", uts_ns="", pid_ns="", runtime_sandbox=True)
+
+    config = build(secure(pid=mode), pod=pod, placement=replace(PLACEMENT, target_pid_ns=target))
+
+    ours = [{"type": "mount"}, {"type": "ipc"}, {"type": "uts"}, {"type": "network", "path": "/ns/net"}]
+    assert config["linux"]["namespaces"] == [*ours, *pid]
+
+
+def test_a_privileged_container_in_a_sandbox_has_no_capabilities_over_the_nodes_kernel() -> None:
+    pod = replace(POD, ipc_ns="", uts_ns="", pid_ns="", runtime_sandbox=True)
+
+    names = build(secure(privileged=True), pod=pod)["process"]["capabilities"]["bounding"]
+
+    assert "CAP_SYS_ADMIN" in names
+    assert not {"CAP_BPF", "CAP_PERFMON", "CAP_CHECKPOINT_RESTORE"} & set(names)

@@ -5,6 +5,7 @@ import pytest
 from oci import stats
 from oci.errors import NotFound
 from oci.linux.cgroup import Cgroups, Hierarchy
+from oci.runtime import Usage
 
 PSI = "some avg10=1.50 avg60=0.25 avg300=0.00 total=1234\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=7\n"
 
@@ -180,3 +181,12 @@ def test_samples_of_what_is_gone_are_forgotten() -> None:
 
     assert rates.usage_nano_cores("stays", 4 * SECOND, 2 * SECOND, since=0) == 0
     assert rates.usage_nano_cores("gone", 4 * SECOND, 2 * SECOND, since=0) == SECOND // 2
+
+
+def test_what_a_runtime_counts_in_its_sandbox_is_all_that_is_told() -> None:
+    found = stats.of_usage(Usage(cpu_ns=5, memory_bytes=None, processes=2))
+
+    assert (found.cpu, found.memory, found.swap, found.io, found.processes) == (stats.Cpu(5), None, None, None, 2)
+    memory = stats.of_usage(Usage(None, 4096, None)).memory
+    assert memory is not None
+    assert (memory.usage_bytes, memory.working_set_bytes, memory.available_bytes) == (4096, 4096, None)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from oci.container_spec import NamespaceMode
-from oci.errors import InvalidArgument
-from sandbox.namespaces import normal_sysctls, pinned, wanted
+from oci.container_spec import IdMapping, NamespaceMode, UserNamespace
+from oci.errors import FailedPrecondition, InvalidArgument
+from sandbox.namespaces import normal_sysctls, pinned, require_possible, wanted
 from sandbox.spec import SandboxSecurity, SandboxSpec
 
 
@@ -71,3 +71,19 @@ def test_a_sysctl_of_the_whole_node_is_refused(name: str) -> None:
 def test_a_sysctl_of_a_namespace_that_is_the_nodes_is_refused(name: str, modes: Mapping[str, NamespaceMode]) -> None:
     with pytest.raises(InvalidArgument, match="namespace of the pod's own"):
         normal_sysctls(spec({name: "1"}, **modes))
+
+
+def test_an_oci_runtime_that_makes_the_sandbox_needs_the_network_only() -> None:
+    assert wanted(spec(), runtime_sandbox=True) == ("net",)
+    assert wanted(spec(network=NODE), runtime_sandbox=True) == ()
+    assert pinned(spec(), Path("/run/ns"), runtime_sandbox=True).ipc == ""
+
+
+def test_what_such_a_sandbox_cannot_be_is_refused() -> None:
+    require_possible(spec({"net.core.somaxconn": "1024"}), "gvisor")
+
+    with pytest.raises(FailedPrecondition, match=r"'gvisor'.*kernel\.sem"):
+        require_possible(spec({"kernel/sem": "1"}), "gvisor")
+    mapped = UserNamespace(uids=(IdMapping(0, 1 << 20, 65536),), gids=(IdMapping(0, 1 << 20, 65536),))
+    with pytest.raises(FailedPrecondition, match="user namespaces"):
+        require_possible(spec(user_namespace=mapped), "gvisor")

@@ -135,6 +135,23 @@ def test_enforcing_mode_chooses_no_registry_among_several(tmp_path: Path) -> Non
         conf(tmp_path, text).qualified(parse("nginx:1"))
 
 
+@pytest.mark.parametrize("mode", ["enforcing", "permissive", "disabled"])
+def test_an_alias_or_a_single_registry_is_meant_in_every_mode(tmp_path: Path, mode: str) -> None:
+    text = f'short-name-mode = "{mode}"\nunqualified-search-registries = ["a.io"]\n[aliases]\nweb = "b.io/team/web"\n'
+    found = conf(tmp_path, text)
+
+    assert [str(each) for each in found.qualified(parse("nginx:1"))] == ["a.io/nginx:1"]
+    assert [str(each) for each in found.qualified(parse("web:1"))] == ["b.io/team/web:1"]
+    assert [str(each) for each in found.qualified(parse(f"web@{DIGEST}"))] == [f"b.io/team/web@{DIGEST}"]
+
+
+@pytest.mark.parametrize("mode", ["permissive", "disabled"])
+def test_without_anybody_to_ask_all_registries_are_tried_unless_that_is_forbidden(tmp_path: Path, mode: str) -> None:
+    text = f'short-name-mode = "{mode}"\nunqualified-search-registries = ["a.io", "b.io"]'
+
+    assert [str(each) for each in conf(tmp_path, text).qualified(parse("x"))] == ["a.io/x", "b.io/x"]
+
+
 def test_a_drop_in_overrides_tables_of_the_same_prefix_and_adds_others(tmp_path: Path) -> None:
     found = conf(
         tmp_path,

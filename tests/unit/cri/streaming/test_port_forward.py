@@ -257,6 +257,18 @@ def test_a_pod_that_listens_on_the_other_loopback_address_is_found() -> None:
     asyncio.run(run())
 
 
+def test_a_sandbox_with_a_network_stack_of_its_own_is_reached_from_the_node() -> None:
+    async def run() -> None:
+        async with pod(echo, "127.0.0.2") as port:
+            with pytest.raises(ConnectionRefusedError):
+                await portforward.connect("", port)
+            (await portforward.connect("", port, ("127.0.0.2",))).close()
+            with pytest.raises(ConnectionRefusedError):
+                await portforward.connect("", port, ("127.0.0.3", "::1"))
+
+    asyncio.run(run())
+
+
 def test_a_pod_without_a_network_is_told_on_the_error_stream() -> None:
     async def run() -> None:
         target = PortForwardTarget("gone-sandbox", "/nowhere/net", ())

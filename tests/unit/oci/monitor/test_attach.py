@@ -1,13 +1,18 @@
 """Attached clients that read, that do not, and that go away."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
+from oci.monitor import attach
 from oci.monitor.attach import BUFFER_BYTES, Attachments, Stdin
+from oci.monitor.log_file import LogFile, Stamper
 from oci.monitor.loop import Loop, catch_children
+from oci.monitor.stdio import Output
 
 
 @pytest.fixture
@@ -40,18 +45,80 @@ def test_output_goes_to_every_client(loop: Loop) -> None:
     assert ended == [(1, "bye"), (2, "bye")]
 
 
-def test_a_client_that_does_not_read_is_let_go(loop: Loop) -> None:
+def test_a_client_that_does_not_read_is_let_go(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attach, "HOLD_S", 0.05)
     ended: list[tuple[int, str]] = []
     attachments = Attachments(loop, lambda number, reason: ended.append((number, reason)))
     read, write = os.pipe()
     attachments.add({"stdout": write}, None)
+    went_on: list[bool] = []
 
-    for _ in range((BUFFER_BYTES + 65536) // 4096 + 2):
-        attachments.broadcast("stdout", b"x" * 4096)
+    fill(attachments)
+    attachments.when_taken("stdout", lambda: went_on.append(True))
+    assert not ended
+    while not ended:
+        loop.turn()
 
     assert ended == [(1, "the client does not read")]
     assert len(attachments) == 0
+    assert went_on == [True]
     os.close(read)
+
+
+def fill(attachments: Attachments) -> int:
+    """Write until somebody is too far behind; how much that was."""
+    written = 0
+    while not attachments.is_full("stdout"):
+        assert written <= BUFFER_BYTES + 2 * 65536, "more is kept than may be"
+        attachments.broadcast("stdout", b"x" * 4096)
+        written += 4096
+    return written
+
+
+def test_a_client_that_reads_again_gets_the_rest_and_is_kept(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attach, "HOLD_S", 0.2)
+    attachments = Attachments(loop, lambda number, reason: pytest.fail(reason))
+    read, write = os.pipe()
+    attachments.add({"stdout": write}, None)
+    went_on: list[int] = []
+
+    left = fill(attachments)
+    attachments.when_taken("stdout", lambda: went_on.append(left))
+    while left:
+        left -= len(os.read(read, 65536))
+        turn(loop, 1)
+    time.sleep(0.3)
+    turn(loop)
+
+    assert len(went_on) == 1
+    assert not attachments.is_full("stdout")
+    assert not attachments.is_full("stderr")
+    os.close(read)
+
+
+def test_output_waits_for_a_client_that_is_behind_and_loses_nothing(loop: Loop, tmp_path: Path) -> None:
+    attachments = Attachments(loop, lambda number, reason: pytest.fail(reason))
+    read, write = os.pipe2(os.O_NONBLOCK)
+    attachments.add({"stdout": write}, None)
+    source, container = os.pipe2(os.O_NONBLOCK)
+    log = LogFile(str(tmp_path / "log"), 0, pytest.fail)
+    output = Output(loop, source, "stdout", stamper=Stamper(b"stdout"), log=log, attachments=attachments)
+    output.begin()
+    sent = os.urandom(2_000_000)
+    done, got = 0, b""
+
+    while len(got) < len(sent):
+        with suppress(BlockingIOError):
+            done += os.write(container, sent[done:])
+        turn(loop, 2)
+        with suppress(BlockingIOError):
+            got += os.read(read, 4096)
+
+    assert got == sent
+    output.close()
+    log.close()
+    for fd in (read, container):
+        os.close(fd)
 
 
 def test_a_slow_client_gets_every_byte_in_order(loop: Loop) -> None:
