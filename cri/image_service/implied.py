@@ -8,13 +8,10 @@ directories only: overlayfs merges them, and takes the attributes of the uppermo
 import os
 import stat
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cri.image_service.unpack import sync_filesystem
-
-_OPAQUE_XATTR = "trusted.overlay.opaque"
+from cri.image_service.unpack import is_opaque, sync_filesystem
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +95,7 @@ def _state(tree: Path, path: str) -> str:
 
 def _hides_below(tree: Path, path: str) -> bool:
     """Whether a directory above `path` hides what lower layers have in it; an opaque `path` still is the same one."""
-    for way in _ways(path)[:-1]:
-        with suppress(OSError):
-            if os.getxattr(tree / way, _OPAQUE_XATTR, follow_symlinks=False) == b"y":
-                return True
-    return False
+    return any(is_opaque(tree / way) for way in _ways(path)[:-1])
 
 
 def _ways(path: str) -> list[str]:

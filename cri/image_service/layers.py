@@ -22,7 +22,7 @@ from cri.image_service.joined import Joined
 from cri.image_service.layer_request import WantedLayer
 from cri.image_service.limits import Slots
 from cri.image_service.progress import LayerPhase, LayerProgress, Progress
-from cri.image_service.snapshots import LayerDirectory, References, total
+from cri.image_service.snapshots import LayerDirectory, References, total, visible
 from cri.image_service.store import Contents, LayerRecord
 from cri.image_service.stores import Stores
 from cri.image_service.tasks import Tasks
@@ -239,9 +239,10 @@ class Layers:
     async def stacked(self, image_id: str, layer_ids: Sequence[str]) -> tuple[str, ...]:
         """What is to be mounted of an image that has these layers, lowest first.
 
-        On top is a small one of its own where directories need attributes from lower layers.
+        Layers below one that hides all of them are left out. On top is a small one of its own where directories need
+        attributes from lower layers.
         """
-        stack = _without_repeats(layer_ids)
+        stack = await asyncio.to_thread(visible, _without_repeats(layer_ids), self.tree)
         implied = [layer.implied for layer_id in stack if (layer := self.find(layer_id)) is not None]
         if len(stack) < 2 or not any(implied[1:]):
             return stack  # the lowest has nothing below that could know better

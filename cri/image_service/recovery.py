@@ -17,10 +17,12 @@ def recover(store: Store, directory: LayerDirectory, additional: AdditionalStore
 
     An image whose layers may be in an additional store that cannot be used now stays on record, unlisted.
     """
-    if directory.begin(boot_id):
+    unended = directory.unended()
+    if unended is not None and unended != boot_id:
         log.warning("the last daemon ended with the machine: image layers are verified before they are used")
         store.suspect_all()
-    else:
+    directory.begin(boot_id)  # not before the suspects are on record: a start that is cut short here must not lose them
+    if unended == boot_id:
         for temporary, unpacked in directory.unpacked():  # whole in memory: a killed daemon takes nothing of that along
             sync_filesystem(temporary)
             directory.commit(temporary, unpacked.diff_id)

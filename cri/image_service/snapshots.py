@@ -13,11 +13,12 @@ import json
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from cri.image_service.store import LayerRecord
+from cri.image_service.unpack import is_opaque
 from oci.errors import NotFound
 
 _KNOWN_ALGORITHMS = ("sha256", "sha512", "implied", "encrypted", "artifact")
@@ -38,20 +39,23 @@ class LayerDirectory:
         for directory in (self._layers, self._trash, self._partial, self._pace):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def begin(self, boot_id: str) -> bool:
-        """Marks the store as in use. Whether what was in memory may have been lost since it was marked last."""
+    def unended(self) -> str | None:
+        """The boot of a daemon that began here and did not end; None where there was none."""
         try:
-            lost = self._running.read_text() != boot_id
+            return self._running.read_text()
         except FileNotFoundError:
-            lost = False
+            return None
+
+    def begin(self, boot_id: str) -> None:
+        """Marks the store as in use."""
         with self._running.open("w") as file:
             file.write(boot_id)
             file.flush()
             os.fsync(file.fileno())
         _fsync_directory(self._running.parent)
-        return lost
 
     def end(self) -> None:
+        """Takes the mark away."""
         self._running.unlink(missing_ok=True)
 
     def layer(self, diff_id: str) -> Path:
@@ -192,3 +196,13 @@ def total(layers: Iterable[LayerRecord]) -> tuple[int, int]:
     """Bytes and inodes of `layers` together."""
     sizes = [(layer.size_bytes, layer.inodes) for layer in layers]
     return sum(size for size, _ in sizes), sum(inodes for _, inodes in sizes)
+
+
+def visible(diff_ids: Sequence[str], tree: Callable[[str], Path]) -> tuple[str, ...]:
+    """Of layers, lowest first, the highest whose root is opaque and those above it; all where there is none.
+
+    `tree` tells where each is unpacked. overlayfs merges the roots of all layers that it is given, whatever they say
+    themselves.
+    """
+    opaque = [at for at, diff_id in enumerate(diff_ids) if is_opaque(tree(diff_id))]
+    return tuple(diff_ids[opaque[-1] if opaque else 0 :])

@@ -368,6 +368,14 @@ def clean_path(name: bytes) -> bytes:
     return b"/".join(parts)
 
 
+def is_opaque(directory: Path) -> bool:
+    """Whether a directory of an unpacked layer hides what lower layers have in it; not so what is none."""
+    try:
+        return os.getxattr(directory, OPAQUE_XATTR, follow_symlinks=False) == b"y"
+    except OSError:
+        return False
+
+
 def remove_tree(path: Path) -> Usage:
     """Removes a tree of any depth that nobody else uses, and says what it held. A missing one is empty.
 

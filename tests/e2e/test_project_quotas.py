@@ -7,7 +7,7 @@ import pytest
 
 from cri.api.runtime.v1 import api_pb2 as pb
 from tests.e2e.harness.daemon import Daemon
-from tests.fakes.disks import MAKE, accounted_disk
+from tests.fakes.accounted_disk import MAKE, accounted_disk
 
 MIB = 1 << 20
 

@@ -87,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
         self.answer()
 
-    do_POST = do_GET
+    do_HEAD = do_POST = do_GET
 
     def answer(self) -> None:
         """What an honest registry says."""
@@ -119,7 +119,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
         pass

@@ -227,6 +227,25 @@ def test_an_image_without_layers_or_with_the_same_layer_twice_can_be_pulled(
     assert registry.asked[f"/v2/team/app/blobs/{layers.digest(twice.layers[0])}"] == 1
 
 
+def test_layers_below_one_that_hides_all_of_them_are_no_part_of_the_image_and_go(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    """overlayfs would merge its root with theirs, whatever it says itself."""
+    opaque = tar([file(".wh..wh..opq"), file("only")])
+    registry.add("team/app", "1", layers.image([BASE, opaque, TOP]))
+    shown = [layers.digest(each).removeprefix("sha256:") for each in (opaque, TOP)]
+
+    async def story(images: Images) -> None:
+        for _ in range(2):
+            image = await images.pull(f"{NAME}:1")
+            await images.sweep()
+            assert [path.parent.name for path in images.layer_paths(image.id)][:2] == shown
+            await eventually(lambda: layers.digest(BASE).removeprefix("sha256:") not in layer_names(tmp_path))
+        assert images.find(f"{NAME}:1") == image
+
+    run(settings(tmp_path, registry, keep_partial_s=0), story)
+
+
 def test_progress_is_told_while_a_pull_runs(tmp_path: Path, registry: FakeRegistry) -> None:
     built = registry.add("team/app", "1", app())
     seen: list[tuple[str, int, int]] = []

@@ -1,4 +1,4 @@
-"""What Debian's registry serves and skopeo writes is taken, and unpacks to the tree that umoci makes."""
+"""What Debian's registry serves and skopeo writes is taken; so are archives that tar makes of real files."""
 
 import gzip
 import os
@@ -13,8 +13,9 @@ import pytest
 from cri.image_service.images import Images, ImageSettings
 from oci.errors import Error, InvalidArgument, NotFound, PermissionDenied
 from tests.fakes import image_store, layers
-from tests.fakes.layers import directory, file, tar
-from tests.fakes.trees import LOWER, TREES, described, mounted
+from tests.fakes.archives import LOWER, TREES
+from tests.fakes.layers import file, tar
+from tests.trees import described
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts overlays and makes device nodes")
 
@@ -26,56 +27,6 @@ def needs(*programs: str) -> pytest.MarkDecorator:
 
 def run(root: Path, story: Callable[[Images], Awaitable[Any]], **changes: Any) -> Any:
     return image_store.run(ImageSettings(root=root, **changes), story)
-
-
-def without_time(what: tuple[Any, ...]) -> tuple[Any, ...]:
-    return what[:3] + what[4:]
-
-
-@needs("umoci")
-def test_the_mounted_image_is_what_umoci_unpacks(tmp_path: Path) -> None:
-    """Also where a layer implies directories without describing them, and through pull-like loading."""
-    built = layers.image(TREES)
-    layers.write_oci_layout(tmp_path / "layout", built, "test")
-    subprocess.run(["umoci", "unpack", "--image", f"{tmp_path}/layout:test", str(tmp_path / "umoci")], check=True)
-
-    async def story(images: Images) -> None:
-        [image] = await images.load(tmp_path / "layout")
-        with mounted(images.layer_paths(image.id), tmp_path / "merged") as merged:
-            ours, theirs = described(merged), described(tmp_path / "umoci/rootfs")
-            assert without_time(ours.pop(".")) == without_time(theirs.pop("."))
-            assert ours == theirs
-
-    run(tmp_path / "images", story)
-
-
-@pytest.mark.parametrize(
-    ("lower", "upper"),
-    [
-        ([directory("a", 0o700, uid=5, mtime=7)], [file("a/b/c", b"x")]),
-        ([directory("a", 0o700), file("a/x")], [file(".wh.a"), file("a/y")]),
-        ([directory("a", 0o711), directory("a/b", 0o701)], [file("a/.wh..wh..opq"), file("a/b/c")]),
-        ([directory("a", 0o700, mtime=9)], [directory("a", 0o755, mtime=10), file("a/b/c")]),
-        ([directory("./", 0o700, uid=8, mtime=9)], [file("b")]),
-    ],
-)
-@needs("umoci")
-def test_a_layer_without_parents_leaves_directories_as_the_layers_below_have_them(
-    tmp_path: Path, lower: list[Any], upper: list[Any]
-) -> None:
-    layers.write_oci_layout(tmp_path / "layout", layers.image([tar(lower), tar(upper)]), "test")
-    subprocess.run(["umoci", "unpack", "--image", f"{tmp_path}/layout:test", str(tmp_path / "umoci")], check=True)
-
-    async def story(images: Images) -> None:
-        [image] = await images.load(tmp_path / "layout")
-        with mounted(images.layer_paths(image.id), tmp_path / "merged") as merged:
-            ours, theirs = described(merged), described(tmp_path / "umoci/rootfs")
-        assert ours.keys() == theirs.keys()
-        below = {entry[0].name.rstrip("/") for entry in lower} | {entry[0].name.rstrip("/") for entry in upper}
-        for path in set(ours) & (below | {"."}):
-            assert without_time(ours[path]) == without_time(theirs[path]), path  # umoci's is that of the unpacking
-
-    run(tmp_path / "images", story)
 
 
 @needs("umoci", "tar")

@@ -22,10 +22,11 @@ from cri.image_service.images import Images, ImageSettings
 from cri.image_service.progress import Progress
 from oci.errors import AlreadyExists, Error, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from tests.fakes import layers
+from tests.fakes.archives import TREES
 from tests.fakes.image_store import run, settings
 from tests.fakes.layers import directory, file, tar
 from tests.fakes.registry import FakeRegistry, after, status
-from tests.fakes.trees import TREES, described, mounted
+from tests.trees import described, mounted_overlay
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts overlays and makes device nodes")
 
@@ -176,7 +177,7 @@ def test_what_no_registry_has_is_made_anew_and_looks_the_same_in_a_container(
 
     async def save(images: Images) -> None:
         [image] = await images.load(tmp_path / "layout")
-        with mounted(images.layer_paths(image.id), tmp_path / "merged") as merged:
+        with mounted_overlay(images.layer_paths(image.id), tmp_path / "merged") as merged:
             seen["here"] = described(merged)
         [saved] = await images.save([f"{NAME}:1"], out / "app", form)
         [again] = await images.save([f"{NAME}:1"], out / "again", form)
@@ -187,7 +188,7 @@ def test_what_no_registry_has_is_made_anew_and_looks_the_same_in_a_container(
         [image] = await images.load(out / "app")
         assert (image.repo_tags, image.config.user) == ((f"{NAME}:1",), "5")
         assert len(image.config.diff_ids) == 5
-        with mounted(images.layer_paths(image.id), tmp_path / "merged2") as merged:
+        with mounted_overlay(images.layer_paths(image.id), tmp_path / "merged2") as merged:
             assert (merged / "big").stat().st_blocks * 512 < 1 << 20
             seen["there"] = described(merged)
 
@@ -204,7 +205,7 @@ def test_umoci_unpacks_layers_that_were_made_anew_to_the_same_tree(
         image = await images.pull(f"{NAME}:1")
         registry.trouble["blobs/"] = status(404)
         await images.save([image.id], out / "app", "oci-layout")
-        with mounted(images.layer_paths(image.id), tmp_path / "merged") as merged:
+        with mounted_overlay(images.layer_paths(image.id), tmp_path / "merged") as merged:
             return described(merged, with_root=False)
 
     ours = run(settings(tmp_path, registry), save)

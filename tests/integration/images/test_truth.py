@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from errno import EIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from cri.image_service.images import Images, ImageSettings
 from cri.image_service.repair import Damage
+from cri.image_service.store import Store
 from oci.container_spec import ContainerId
 from oci.errors import Error, Unavailable
 from oci.rootfs import Rootfs
@@ -134,6 +136,25 @@ def test_what_is_verified_stays_so_and_after_a_clean_end_nothing_is_verified(
     run(where, story)
     run(where, lambda images: expect_suspects(images, 1))
     assert asked(registry, one.layers[0]) == 1
+
+
+def test_a_start_that_is_cut_short_does_not_forget_that_the_power_was_lost(
+    tmp_path: Path, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_images(registry)
+    where = settings(tmp_path, registry)
+    pull_both(where)
+    lose_power(where)
+
+    def cut_short(_: Store) -> None:
+        raise OSError(EIO, "the disk is gone again")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Store, "suspect_all", cut_short)
+        with pytest.raises(OSError, match="gone again"):
+            run(where, lambda images: expect_suspects(images, 0))
+
+    run(where, lambda images: expect_suspects(images, 3))
 
 
 async def expect_suspects(images: Images, count: int) -> None:

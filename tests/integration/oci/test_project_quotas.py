@@ -13,7 +13,7 @@ from oci.container_spec import ContainerId
 from oci.linux import project_quota, tree
 from oci.rootfs import Rootfs
 from oci.writable_layers import WritableLayers
-from tests.fakes.disks import MAKE, accounted_disk
+from tests.fakes.accounted_disk import MAKE, accounted_disk
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
