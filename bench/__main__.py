@@ -147,13 +147,12 @@ def _own_pids() -> pb.LinuxContainerConfig:
 
 def _weigh(peer: Measured, pods: int, registry: Registry) -> None:
     """Memory with `pods` up: per pod all that runs beside the containers themselves, and the daemon."""
-    up: list[Pod] = []
+    up: dict[str, Pod] = {}
     for number in range(pods):
         asked = peer.client.pod_config(f"weigh-{number}", linux=_as_kubelet_asks())
         Path(asked.log_directory, "main").mkdir(parents=True)
         pod = peer.client.run_pod(config=asked)
-        peer.client.run(pod, f"{registry.host}/bench/busybox:1", SLEEP, linux=_own_pids())
-        up.append(pod)
+        up[peer.client.run(pod, f"{registry.host}/bench/busybox:1", SLEEP, linux=_own_pids())] = pod
     time.sleep(SETTLED_S)
     daemon = peer.daemon
     assert daemon.process is not None
@@ -165,7 +164,8 @@ def _weigh(peer: Measured, pods: int, registry: Registry) -> None:
         "daemon, RSS": rss_kib(daemon.process.pid),
         "fork server, PSS": sum(map(pss_kib, fork_server)),
     }
-    for pod in up:
+    for container_id, pod in up.items():
+        peer.client.stop(container_id)
         peer.client.remove_pod(pod.id)
 
 
