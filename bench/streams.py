@@ -37,6 +37,8 @@ MEGABYTE = 1_000_000
 TIMEOUT_S = 60
 GIVES_PORT, TAKES_PORT = 8001, 8002
 RECEIVED = b"received\n"
+# Who opens the FIFO again before its last writer has closed it reads an end, and tries again.
+SAY = "read word < /data/words && if [ $word = text ]; then cat /data/text; else echo $word; fi"
 NO_ROTATION = {"containerLogMaxSize": "100Gi"}  # kubelet would compress what it rotates, meanwhile
 
 
@@ -117,7 +119,7 @@ class Pod:
             "takes": f"while :; do {self._take('attach')}; done",
             "gives": "while read line; do cat /data/random; done",
             "serves": f"{serve} '{self._take('port-forward')}'",
-            "logs": "while read word < /data/words; do [ $word = text ] && cat /data/text || echo $word; done",
+            "logs": f"while :; do {SAY}; done",
             "logged": "cat /data/text; exec sleep 100000",
         }
         mounts = [{"name": "data", "mountPath": "/data"}]
