@@ -191,7 +191,10 @@ def _report_of(
         *([f"--ginkgo.focus={arguments.focus}"] if arguments.focus else []),
     ]
     output = None if arguments.verbose else (folder / "output").open("wb")
-    subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False)
+    environment = {**os.environ, "TMPDIR": str(folder)}  # it takes nothing away of what it makes there
+    subprocess.run(
+        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, check=False
+    )
     if not report.exists():
         raise RuntimeError(f"critest wrote no report:\n{(folder / 'output').read_text()[-3000:]}")
     found: list[dict[str, Any]] = json.loads(report.read_text())

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.e2e.harness.daemon import Daemon, crito
+from tests.e2e.harness.images import Entry, busybox_layer, image, layer
+from tests.e2e.harness.registry import Registry
 
 
 def test_the_store_is_verified_healed_pinned_and_wiped_by_commands(
@@ -55,3 +57,29 @@ def test_a_container_is_made_from_a_healed_image_after_a_power_loss(
 def damage(program: Path) -> None:
     content = program.read_bytes()
     program.write_bytes(bytes(4096) + content[4096:])
+
+
+def test_a_container_of_200_layers_runs_also_after_a_restart(
+    make_daemon: Callable[..., Daemon], image_registry: Registry
+) -> None:
+    daemon = make_daemon()
+    layers = [busybox_layer(), *(layer([Entry(f"layers/{number}", b"")]) for number in range(199))]
+    config = {
+        "architecture": "amd64",
+        "os": "linux",
+        "rootfs": {"type": "layers", "diff_ids": [diff_id for _, diff_id in layers]},
+    }
+    built = image(config, [blob for blob, _ in layers])
+    client = daemon.client()
+    reference = image_registry.push(built, "test/many", "1")
+
+    client.pull(reference, 120)
+    daemon.kill()
+    daemon.start()
+    client = daemon.client()
+    pod = client.run_pod("many")
+    container_id = client.run(pod, reference, ["sh", "-c", "ls /layers | wc -l"])
+
+    assert client.wait_exited(container_id).exit_code == 0
+    assert client.log(pod).strip() == "199"
+    client.remove_pod(pod.id)

@@ -1014,3 +1014,28 @@ def test_a_full_disk_is_told_as_such_and_freed_again(tmp_path: Path, registry: F
         run(where, story)
     finally:
         subprocess.run(["umount", str(where.root)], check=True)
+
+
+def test_no_step_of_a_pull_holds_up_the_loop(
+    tmp_path: Path, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the processor's time: whatever else the machine does at that moment is not the pull's doing."""
+    contents = [[file(f"{at}/{number}", bytes(number)) for number in range(3000)] for at in range(6)]
+    registry.add("team/app", "1", layers.image([tar(content) for content in contents]))
+    longest_s = 0.0
+    run_handle = asyncio.Handle._run
+
+    def timed(handle: asyncio.Handle) -> None:
+        nonlocal longest_s
+        began = time.thread_time()
+        run_handle(handle)
+        longest_s = max(longest_s, time.thread_time() - began)
+
+    async def story(images: Images) -> None:
+        monkeypatch.setattr(asyncio.Handle, "_run", timed)
+        await images.pull(f"{NAME}:1")
+        monkeypatch.undo()
+
+    run(settings(tmp_path, registry), story)
+
+    assert 0 < longest_s < 0.010
