@@ -46,7 +46,7 @@ class PodError(Exception):
     """A step that failed, with what was seen."""
 
 
-class step:  # noqa: N801 (reads like a statement)
+class step:
     """`with step("what is done"):` turns an OSError into a PodError that says so."""
 
     def __init__(self, name: str) -> None:
