@@ -4,15 +4,13 @@ import os
 import shutil
 import subprocess
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
-
-from cri.api.runtime.v1 import api_pb2 as pb
 from tests.e2e.harness import toml
 from tests.e2e.harness.client import Client
 from tests.e2e.harness.daemon import Daemon, destroy_owned
@@ -34,7 +32,7 @@ class Bed:
     pause_image: str
 
 
-class Peer:
+class Peer(ABC):
     """A runtime of somebody else's; use Containerd or Crio."""
 
     name: str
@@ -50,8 +48,8 @@ class Peer:
         directory.mkdir(parents=True, exist_ok=True)
         self.network.write(directory / "cni")
 
-    def command(self) -> Sequence[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def command(self) -> Sequence[str]: ...
 
     def environment(self) -> Mapping[str, str]:
         return {}
@@ -86,14 +84,8 @@ class Peer:
         destroy_owned(self.owned)
 
     def _answers(self) -> bool:
-        client = self.client()
-        try:
-            client.runtime.Version(pb.VersionRequest(), timeout=2)
-        except grpc.RpcError:
-            return False
-        finally:
-            client.close()
-        return True
+        with closing(self.client()) as client:
+            return client.answers()
 
 
 class Containerd(Peer):

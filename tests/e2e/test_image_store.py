@@ -69,7 +69,7 @@ def test_a_container_of_200_layers_runs_also_after_a_restart(
         "os": "linux",
         "rootfs": {"type": "layers", "diff_ids": [diff_id for _, diff_id in layers]},
     }
-    built = image(config, [blob for blob, _ in layers])
+    built = image(config, tuple(blob for blob, _ in layers))
     client = daemon.client()
     reference = image_registry.push(built, "test/many", "1")
 

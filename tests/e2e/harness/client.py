@@ -43,6 +43,14 @@ class Client:
     def close(self) -> None:
         self.channel.close()
 
+    def answers(self) -> bool:
+        """Whether somebody serves the CRI there."""
+        try:
+            self.runtime.Version(pb.VersionRequest(), timeout=2)
+        except grpc.RpcError:
+            return False
+        return True
+
     # Pods
 
     def pod_config(self, name: str = "pod", **fields: Any) -> pb.PodSandboxConfig:

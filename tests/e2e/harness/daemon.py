@@ -12,9 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import grpc
-
-from cri.api.runtime.v1 import api_pb2 as pb
 from tests.e2e.harness import cgroups, leftovers, toml
 from tests.e2e.harness.client import Client
 from tests.e2e.harness.leftovers import Owned
@@ -149,14 +146,8 @@ class Daemon:
         subprocess.run(["mount", "-t", "tmpfs", "crito-e2e", str(self.run_dir)], check=True)  # as /run is
 
     def _answers(self) -> bool:
-        client = Client(self.socket, self.cgroup_parent, self.logs, set())
-        try:
-            client.runtime.Version(pb.VersionRequest(), timeout=2)
-        except grpc.RpcError:
-            return False
-        finally:
-            client.close()
-        return True
+        with contextlib.closing(Client(self.socket, self.cgroup_parent, self.logs, set())) as client:
+            return client.answers()
 
     def _tables(self) -> dict[str, Any]:
         tables: dict[str, Any] = {
