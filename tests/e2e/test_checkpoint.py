@@ -358,6 +358,7 @@ def restore_pod(
 ) -> pb.RestorePodResponse:
     request = pb.RestorePodRequest(checkpoint_path=str(directory), config=config, container_configs=wanted)
     answer: pb.RestorePodResponse = client.runtime.RestorePod(request, timeout=60)
+    assert client.pod_status(answer.pod_sandbox_id).metadata == config.metadata
     client.ids.add(answer.pod_sandbox_id)
     client.ids.update(each.container_id for each in answer.restored_containers)
     return answer

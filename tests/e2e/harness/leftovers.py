@@ -54,7 +54,8 @@ class Owned:
     ids: set[str] = field(default_factory=set)  # of every pod and container that a client made
 
     def is_mark(self, text: str) -> bool:
-        return any(mark in text for mark in (str(self.directory), self.cgroup_parent, *self.ids))
+        marks = (str(self.directory), self.cgroup_parent, *self.ids)
+        return any(mark in text for mark in marks if mark)  # an id that was not answered is everybody's mark
 
 
 Traces = dict[str, set[str]]
