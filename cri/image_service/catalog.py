@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from cri.image_service import reference as references
-from cri.image_service.additional import AdditionalStores
+from cri.image_service.additional import AdditionalImage, AdditionalStores
 from cri.image_service.contents import Artifact, Described, described_by
 from cri.image_service.reference import Reference
 from cri.image_service.snapshots import References
@@ -207,35 +207,12 @@ class Catalog:
                 yield self._shared(image_id)
 
     def _own(self, record: ImageRecord, described: Described) -> Image:
-        return self._renamed(
-            Image(
-                id=record.id,
-                repo_tags=(),
-                repo_digests=(),
-                size_bytes=record.size_bytes,
-                config=described.config,
-                manifest_digest=record.manifest_digest,
-                pulled_at=record.pulled_at,
-                artifact=described.artifact,
-            )
-        )
+        return self._renamed(_unnamed(record, described.config, described.artifact))
 
     def _shared(self, image_id: str) -> Image:
         """An additional store's image, with the names that no image of ours has; pinned, so that kubelet leaves it."""
         found = self._additional.images[image_id]
-        return self._renamed(
-            Image(
-                id=found.id,
-                repo_tags=(),
-                repo_digests=(),
-                size_bytes=found.size_bytes,
-                config=found.config,
-                manifest_digest=found.manifest_digest,
-                pulled_at=found.pulled_at,
-                artifact=found.artifact,
-                store=found.store,
-            )
-        )
+        return self._renamed(_unnamed(found, found.config, found.artifact, found.store))
 
     def _rename(self, image_id: str) -> None:
         """Our image is called as the names say that point to it now."""
@@ -288,3 +265,19 @@ def our_own(image: Image) -> Image:
     if image.store is not None:
         raise FailedPrecondition(f"image {image.id} is in the additional store {image.store}, which is read-only")
     return image
+
+
+def _unnamed(
+    found: ImageRecord | AdditionalImage, config: ImageConfig, artifact: Artifact | None, store: Path | None = None
+) -> Image:
+    return Image(
+        id=found.id,
+        repo_tags=(),
+        repo_digests=(),
+        size_bytes=found.size_bytes,
+        config=config,
+        manifest_digest=found.manifest_digest,
+        pulled_at=found.pulled_at,
+        artifact=artifact,
+        store=store,
+    )
