@@ -164,7 +164,8 @@ class Cgroup:
         """SIGKILL to whoever is left; whether somebody was. Only where the cgroup is the container's alone."""
         if not self.is_own:
             return False
-        pids = [int(line) for line in _text(self.directory + "/cgroup.procs").split()]
+        groups = [directory for directory, _, _ in os.walk(self.directory)]  # privileged ones make more below their own
+        pids = [int(line) for directory in groups for line in _text(directory + "/cgroup.procs").split()]
         for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)

@@ -149,7 +149,10 @@ def test_a_privileged_container_may_make_cgroups_and_leaves_none(client: Client,
 
     client.stop(container_id)
 
-    assert not list(Path("/sys/fs/cgroup").glob(f"**/crito-{container_id}.scope"))
+    pattern = f"**/crito-{container_id}.scope"
+    wait_until(
+        lambda: not any(Path("/sys/fs/cgroup").glob(pattern)), "they are gone", 10
+    )  # soon after the exit is told
 
 
 def test_memory_beyond_the_limit_in_a_child_is_told_as_well(client: Client, pod: Pod, busybox: str) -> None:

@@ -14,6 +14,7 @@ from oci.errors import DeadlineExceeded, Error, FailedPrecondition, Unavailable
 from oci.exit_records import read_exit_record
 from oci.linux.proc import is_alive
 from oci.monitor import kernel
+from oci.monitor.exit import cgroup_directory, cgroup_mounts, memberships
 from oci.monitor_client import Monitor
 
 
@@ -255,6 +256,35 @@ def test_processes_that_outlive_init_in_a_shared_pid_namespace_are_ended(world: 
 
             assert record.exit_code == 3
             assert await _settles(w) == ()  # the monitor too: it had waited for its pipes to be closed
+
+    asyncio.run(main())
+
+
+async def _sleeper(cgroup: Path) -> str:
+    """The pid of the process there that sleeps, once it does."""
+    while True:
+        for pid in (cgroup / "cgroup.procs").read_text().split():
+            if Path(f"/proc/{pid}/cmdline").read_bytes() == b"sleep\x001000\0":
+                return pid
+        await asyncio.sleep(0.01)
+
+
+def test_processes_that_outlive_init_in_a_cgroup_below_its_own_are_ended(world: Any) -> None:
+    async def main() -> None:
+        async with world() as w:
+            script = "setsid sleep 1000 & while [ ! -e /tmp/moved ]; do usleep 10000; done; exit 3"
+            monitor = await w.started("c", ["sh", "-c", script], shared_pid=True)
+            init = (await monitor.status()).init
+            assert init is not None
+            groups = memberships(init.pid)
+            mounts = cgroup_mounts(Path("/proc/self/mountinfo").read_text())
+            own = Path(cgroup_directory(groups, "memory", mounts) or cgroup_directory(groups, "", mounts))
+            (own / "below").mkdir()
+            (own / "below/cgroup.procs").write_text(await _sleeper(own))
+            (w.path / "bundle-c/rootfs/tmp/moved").touch()
+
+            assert (await monitor.wait_exit()).exit_code == 3
+            assert await _settles(w) == ()
 
     asyncio.run(main())
 
