@@ -13,6 +13,7 @@ from typing import Any
 
 from cri import config_kinds as kinds
 from cri.config_kinds import Kind, RegistryLimit, Ulimit
+from oci.linux import caps
 
 MIB = 1 << 20
 
@@ -176,19 +177,6 @@ class RuntimeHandler:
     )
 
 
-DEFAULT_CAPABILITIES = (
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "FSETID",
-    "FOWNER",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "NET_BIND_SERVICE",
-    "KILL",
-)
-
-
 @dataclass(frozen=True, slots=True)
 class RuntimeSection:
     """How pods and containers are run where the CRI leaves the choice to the runtime."""
@@ -215,7 +203,7 @@ class RuntimeSection:
         shown="catatonit where it is installed, else the built-in one",
     )
     default_capabilities: tuple[str, ...] = setting(
-        kinds.CAPABILITIES, DEFAULT_CAPABILITIES, "Capabilities of containers that ask for nothing else."
+        kinds.CAPABILITIES, caps.DEFAULT, "Capabilities of containers that ask for nothing else."
     )
     default_env: tuple[tuple[str, str], ...] = setting(
         kinds.ENVIRONMENT, (), 'Environment of every container, as "NAME=VALUE"; the image and the pod win.'

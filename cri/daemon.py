@@ -238,7 +238,7 @@ class Daemon:
         await self._sandboxes.close()
         await self._containers.close()
         if self._containers.known_ids() or self._sandboxes.known_ids():
-            await self._fork_server.close()
+            self._fork_server.close()
             self._streams.close()
         else:  # nothing of ours runs: nothing of ours stays
             await self._fork_server.shutdown()

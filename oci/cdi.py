@@ -16,6 +16,7 @@ import msgspec
 
 from oci.cdi_edits import Description, Device, DeviceNode, Edits, edited, is_qualified_name, merged
 from oci.errors import FailedPrecondition, InvalidArgument
+from oci.parsed_files import ParsedFiles
 
 ANNOTATION_PREFIX = "cdi.k8s.io/"  # of annotations whose values name devices, as older device plugins set them
 
@@ -24,7 +25,6 @@ _LARGEST_FILE = 16 << 20
 _MOST_VALUES = 1_000_000  # in one description, with what YAML's aliases repeat
 
 Config = dict[str, Any]
-_Version = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Cdi:
 
     def __init__(self, directories: Sequence[Path]) -> None:
         self._directories = tuple(directories)
-        self._parsed: dict[Path, tuple[_Version, Description | str]] = {}
+        self._files = ParsedFiles(_parse, _SUFFIXES, _LARGEST_FILE)
 
     def resolve(self, names: Sequence[str]) -> Edits:
         """All that these devices ask for; what a description leaves to the host's device nodes is filled in.
@@ -101,52 +101,24 @@ class Cdi:
         """All devices by full name, and the files that are no descriptions, with the reasons."""
         found: dict[str, list[_Found]] = {}
         broken: dict[Path, str] = {}
-        parsed: dict[Path, tuple[_Version, Description | str]] = {}
-        for directory in dict.fromkeys(self._directories):
+        listed = {directory: self._files.listed(directory, broken) for directory in self._directories}
+        parsed = self._files.read(file for files in listed.values() for file in files)
+        for files in listed.values():
             here: dict[str, list[_Found]] = {}
-            for file in _files(directory, broken):
-                version, description = self._read(file)
+            for file in files:
+                description = parsed.get(file)
                 if isinstance(description, str):
                     broken[file] = description
-                else:
+                elif description is not None:
                     for device in description.devices:
                         here.setdefault(f"{description.kind}={device.name}", []).append(
                             _Found(file, description, device)
                         )
-                parsed[file] = (version, description)
             found |= here
-        self._parsed = parsed
         return found, broken
 
-    def _read(self, file: Path) -> tuple[_Version, Description | str]:
-        """The file's version, and the description or why it is none."""
-        try:
-            seen = file.stat()
-            version = (seen.st_ino, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_size)
-            known = self._parsed.get(file)
-            if known is not None and known[0] == version:
-                return known
-            if not stat.S_ISREG(seen.st_mode):
-                return version, "not a regular file"
-            if seen.st_size > _LARGEST_FILE:
-                return version, f"{seen.st_size} bytes: larger than {_LARGEST_FILE}"
-            return version, _parse(file)
-        except OSError as error:
-            return (0, 0, 0, 0), error.strerror or str(error)
 
-
-def _files(directory: Path, broken: dict[Path, str]) -> list[Path]:
-    try:
-        return sorted(path for path in directory.iterdir() if path.suffix in _SUFFIXES)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        broken[directory] = error.strerror or str(error)
-        return []
-
-
-def _parse(file: Path) -> Description | str:
-    text = file.read_bytes()
+def _parse(file: Path, text: bytes) -> Description | str:
     try:
         document = json.loads(text) if file.suffix == ".json" else _yaml(text)
     except (ValueError, RecursionError) as error:

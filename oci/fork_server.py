@@ -1,9 +1,8 @@
-"""The daemon's side of the fork server: started, replaced, asked for pods' namespaces and for monitors."""
+"""The daemon's side of the fork server: asked for pods' namespaces and for monitors."""
 
 import asyncio
 import contextlib
 import hashlib
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,10 +11,11 @@ from pathlib import Path
 from oci import pidfd
 from oci.container_spec import IdMapping
 from oci.errors import Unavailable
+from oci.lasting_server import LastingServer
 from oci.monitor import kernel
 from oci.monitor.forkserver import SOCKET
 from oci.monitor_client import MONITOR_SOCKET, Monitor
-from oci.monitor_connection import Connection, NotSent, listen
+from oci.monitor_connection import NotSent, listen
 from oci.pause import PodProcess
 from oci.version import VERSION
 
@@ -72,24 +72,14 @@ def program() -> str:
     return f"{VERSION}-{digest.hexdigest()[:16]}"
 
 
-class ForkServer:
-    """The daemon's fork server; started where there is none, replaced where it is another version's.
-
-    After its death the next call starts a new one. Its children do not mind either.
-    """
-
-    def __init__(self, run_dir: Path, own_program: str) -> None:
-        self._run_dir = run_dir
-        self._program = own_program
-        self._connection: Connection | None = None
-        self._connecting = asyncio.Lock()
-        self.pid = 0
+class ForkServer(LastingServer):
+    """Its children mind neither its death nor its replacement."""
 
     @classmethod
     async def ensure(cls, run_dir: Path) -> "ForkServer":
         """Raises Unavailable when it cannot be started; its last words are in the text."""
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        server = cls(run_dir, program())
+        server = cls(run_dir, SOCKET, "fork server", program())
         await server._connected()
         return server
 
@@ -160,65 +150,28 @@ class ForkServer:
         children = tuple(answer["children"])
         if not children:
             await _wait_gone(self.pid, 10.0)
-        await self.close()
+        self.close()
         return children
 
-    async def close(self) -> None:
-        """Let go of it; it goes on."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    async def _connected(self) -> Connection:
-        async with self._connecting:
-            if self._connection is None or not self._connection.is_open:
-                self._connection = await self._connect()
-            return self._connection
-
-    async def _connect(self) -> Connection:
-        try:
-            connection = await Connection.open(self._run_dir, SOCKET, "fork server")
-            greeting = await connection.hello()
-        except Unavailable:
-            pass
-        else:
-            if greeting["program"] == self._program:
-                self.pid = greeting["pid"]
-                return connection
-            await connection.call("retire")  # any version knows this; it stays on for its children
-            connection.close()
-        await self._start()
-        connection = await Connection.open(self._run_dir, SOCKET, "fork server")
-        self.pid = (await connection.hello())["pid"]
-        return connection
-
-    async def _start(self) -> None:
+    async def _start(self, log: int) -> None:
         main = Path(__file__).parent / "monitor" / "__main__.py"
-        log_path = self._run_dir / "forkserver.log"
-        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", "-OO", str(main), str(self._run_dir), self._program),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=log,
-                env={**DEFAULT_ENVIRONMENT, "LC_ALL": "C.UTF-8", "LD_BIND_NOW": "1"},  # bound once, not per fork
-                start_new_session=True,
-            )
-        finally:
-            os.close(log)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", "-OO", str(main), str(self._run_dir), self._program),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=log,
+            env={**DEFAULT_ENVIRONMENT, "LC_ALL": "C.UTF-8", "LD_BIND_NOW": "1"},  # bound once, not per fork
+            start_new_session=True,
+        )
         try:
             status = await asyncio.wait_for(process.wait(), START_TIMEOUT_S)
         except TimeoutError as error:
             process.kill()
-            raise Unavailable(f"the fork server did not start within {START_TIMEOUT_S:g} s; see {log_path}") from error
+            raise Unavailable(
+                f"the {self._name} did not start within {START_TIMEOUT_S:g} s; see {self._log}"
+            ) from error
         if status != 0:
-            raise Unavailable(f"the fork server ended with {status}: {_last_line(log_path)}")
-
-
-def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+            raise Unavailable(f"the {self._name} ended with {status}: {self._last_words()}")
 
 
 async def _wait_gone(pid: int, timeout_s: float) -> None:

@@ -5,9 +5,7 @@ not parsed again. A file that is wrong refuses containers instead of being left 
 hook was meant, and a device or a rule may hang on it.
 """
 
-import errno
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +16,10 @@ import msgspec
 from oci.cdi_edits import Config, add_hook
 from oci.errors import FailedPrecondition
 from oci.linux.regex import Expression
+from oci.parsed_files import ParsedFiles
 
 _STAGES = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
 _LARGEST_FILE = 1 << 20
-_Version = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,7 @@ class HookFiles:
 
     def __init__(self, directories: Sequence[Path]) -> None:
         self._directories = tuple(directories)
-        self._parsed: dict[Path, tuple[_Version, HookFile | str]] = {}
+        self._parsed = ParsedFiles(lambda _path, text: parse(text), (".json",), _LARGEST_FILE)
 
     def inject(self, config: Mapping[str, Any], annotations: Mapping[str, str], has_bind_mounts: bool) -> Config:
         """The runtime-spec with the hooks for it; reads files, so not for the event loop.
@@ -79,41 +77,10 @@ class HookFiles:
 
     def _files(self) -> list[tuple[Path, HookFile | str]]:
         """In the order in which they are injected."""
-        by_name: dict[str, Path] = {}
         unread: dict[Path, str] = {}
-        for directory in self._directories:
-            try:
-                by_name |= {path.name: path for path in directory.iterdir() if path.suffix == ".json"}
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                unread[directory] = error.strerror or str(error)
-        parsed = {}
-        for name in sorted(by_name, key=lambda name: (name.lower(), name)):
-            path = by_name[name]
-            found = self._read(path)
-            if found is not None:
-                parsed[path] = found
-        self._parsed = parsed
-        return [*unread.items(), *((path, file) for path, (_, file) in parsed.items())]
-
-    def _read(self, path: Path) -> tuple[_Version, HookFile | str] | None:
-        """The file's version and what it says or why it says nothing; None when it is gone meanwhile."""
-        try:
-            seen = path.stat()
-            version = (seen.st_ino, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_size)
-            known = self._parsed.get(path)
-            if known is not None and known[0] == version:
-                return known
-            if not stat.S_ISREG(seen.st_mode):
-                return version, "not a regular file"
-            if seen.st_size > _LARGEST_FILE:
-                return version, f"{seen.st_size} bytes: larger than {_LARGEST_FILE}"
-            return version, parse(path.read_bytes())
-        except OSError as error:
-            if error.errno == errno.ENOENT and not path.is_symlink():
-                return None
-            return (0, 0, 0, 0), error.strerror or str(error)
+        by_name = {path.name: path for each in self._directories for path in self._parsed.listed(each, unread)}
+        names = sorted(by_name, key=lambda name: (name.lower(), name))
+        return [*unread.items(), *self._parsed.read(by_name[name] for name in names).items()]
 
 
 def parse(text: bytes) -> HookFile | str:

@@ -1,4 +1,4 @@
-"""The daemon's side of the stream server: started where there is none, replaced where it is another version's."""
+"""The daemon's side of the stream server."""
 
 import asyncio
 import contextlib
@@ -17,27 +17,21 @@ from cri.streaming.targets import Target, kind_of
 from oci import monitor_client, monitor_connection
 from oci.errors import Error, ResourceExhausted, Unavailable
 from oci.fork_server import DEFAULT_ENVIRONMENT
+from oci.lasting_server import LastingServer
 from oci.monitor_connection import Connection
 from oci.version import VERSION
 from sandbox.network import interfaces
 
-PEER = "stream server"
-LOG = "streaming.log"
-LOG_BYTES = 1024 * 1024  # a longer one is begun anew when a server starts
 BACKLOG = 128
 RETIRE_S = 5.0
 
 
-class Streams:
-    """Registers what streams are for. After the server's death the next call starts a new one."""
+class Streams(LastingServer):
+    """Registers what streams are for."""
 
     def __init__(self, run_dir: Path, settings: StreamSettings) -> None:
-        self._run_dir = run_dir
+        super().__init__(run_dir, SOCKET, "stream server", program(settings))
         self._settings = settings
-        self._program = program(settings)
-        self._connection: Connection | None = None
-        self._connecting = asyncio.Lock()
-        self.pid = 0
 
     async def start(self) -> None:
         """Take over the server of an earlier daemon, or start one. Raises Unavailable with its last words."""
@@ -67,57 +61,20 @@ class Streams:
                     await _retire(self._connection)
             self.close()
 
-    def close(self) -> None:
-        """Let go of it; it goes on."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    async def _connected(self) -> Connection:
-        async with self._connecting:
-            if self._connection is None or not self._connection.is_open:
-                self._connection = await self._connect()
-            return self._connection
-
-    async def _connect(self) -> Connection:
-        try:
-            connection = await Connection.open(self._run_dir, SOCKET, PEER)
-            greeting = await connection.hello()
-        except Unavailable:
-            pass
-        else:
-            if greeting["program"] == self._program:
-                self.pid = greeting["pid"]
-                return connection
-            await connection.call("retire", timeout_s=RETIRE_S)  # any version knows this; it stays for its sessions
-            connection.close()
-        await self._start()
-        connection = await Connection.open(self._run_dir, SOCKET, PEER)
-        try:
-            self.pid = (await connection.hello())["pid"]
-        except Unavailable as error:
-            connection.close()
-            raise Unavailable(f"the stream server did not start: {_last_line(self._run_dir / LOG)}") from error
-        return connection
-
-    async def _start(self) -> None:
+    async def _start(self, log: int) -> None:
         main = Path(__file__).with_name("__main__.py")
         with self._listen() as listener, monitor_connection.listen(self._run_dir, SOCKET) as control:
-            log = _open_log(self._run_dir / LOG)
-            try:
-                await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-I", str(main), str(self._run_dir), self._program),
-                    msgspec.json.encode(self._settings).decode(),
-                    *(str(control.fileno()), str(listener.fileno())),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.DEVNULL,
-                    stderr=log,
-                    pass_fds=(control.fileno(), listener.fileno()),
-                    env={**DEFAULT_ENVIRONMENT, "LC_ALL": "C.UTF-8"},
-                    start_new_session=True,
-                )
-            finally:
-                os.close(log)
+            await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", str(main), str(self._run_dir), self._program),
+                msgspec.json.encode(self._settings).decode(),
+                *(str(control.fileno()), str(listener.fileno())),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=log,
+                pass_fds=(control.fileno(), listener.fileno()),
+                env={**DEFAULT_ENVIRONMENT, "LC_ALL": "C.UTF-8"},
+                start_new_session=True,
+            )
 
     def _listen(self) -> socket.socket:
         """Raises Unavailable where the address cannot be had."""
@@ -157,15 +114,3 @@ def program(settings: StreamSettings) -> str:
         digest.update(source.read_bytes())
     digest.update(json.dumps(msgspec.to_builtins(settings), sort_keys=True).encode())
     return f"{VERSION}-{digest.hexdigest()[:16]}"
-
-
-def _open_log(path: Path) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    if path.exists() and path.stat().st_size > LOG_BYTES:
-        flags |= os.O_TRUNC
-    return os.open(path, flags, 0o600)
-
-
-def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"

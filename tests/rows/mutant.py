@@ -121,9 +121,10 @@ def _after(function: Callable[..., Any]) -> Callable[..., Any]:
 def pytest_runtest_protocol(item: pytest.Function, nextitem: pytest.Item | None) -> bool:
     """Each test as it is, then once without each of what it is said to hold."""
     rows = [row for row, tests in _plan.items() if {item.nodeid, item.nodeid.partition("[")[0]} & set(tests)]
-    if _result(item, "") == "failed":
-        rows = []
-    for row in rows:
+    untouched = _result(item, "")
+    if untouched == "skipped":
+        _outcomes.update({row: untouched for row in rows if _outcomes.get(row) != "failed"})
+    for row in rows if untouched == "passed" else []:
         if _outcomes.get(row) == "failed":
             continue
         _outcomes[row] = _result(item, row)

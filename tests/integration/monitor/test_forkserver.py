@@ -207,7 +207,7 @@ def test_a_pod_whose_daemon_went_away_meanwhile_is_undone_or_on_record(world: An
             await asyncio.sleep(0)
             for _ in range(3):
                 await asyncio.sleep(0)
-            await w.forks.close()
+            w.forks.close()
             with pytest.raises(Unavailable):
                 await task
 
@@ -223,12 +223,12 @@ def test_a_pod_whose_daemon_went_away_meanwhile_is_undone_or_on_record(world: An
 def test_a_second_daemon_life_finds_the_same_fork_server(world: Any) -> None:
     async def main() -> None:
         async with world() as w:
-            await w.forks.close()
+            w.forks.close()
 
             again = await ForkServer.ensure(w.run_dir)
 
             assert again.pid == w.forks.pid
-            await again.close()
+            again.close()
 
     asyncio.run(main())
 
@@ -240,7 +240,7 @@ def test_another_versions_fork_server_is_replaced_and_keeps_its_children(
         async with world() as w:
             monitor = await w.started("c", ["sleep", "1000"])
             old = w.forks.pid
-            await w.forks.close()
+            w.forks.close()
             monkeypatch.setattr(fork_server, "program", lambda: "another version")
 
             w.forks = await ForkServer.ensure(w.run_dir)
