@@ -71,16 +71,18 @@ class Family:
     kind: "api.MetricType.ValueType"
     values: Callable[[Sample], Values]
     labels: tuple[str, ...] = ()
+    counted_at: Callable[[Sample], int] = lambda _: 0  # ns since the epoch; 0: read for this very request
 
     def descriptor(self) -> api.MetricDescriptor:
         return api.MetricDescriptor(name=self.name, help=self.help, label_keys=LABELS + self.labels)
 
     def series(self, sample: Sample, labels: tuple[str, ...]) -> Iterator[api.Metric]:
-        """A timestamp of 0 says that the value was read for this very request (api.proto, Metric)."""
+        timestamp = self.counted_at(sample)
         for more, value in self.values(sample):
             if value is not None:
                 yield api.Metric(
                     name=self.name,
+                    timestamp=timestamp,
                     metric_type=self.kind,
                     label_values=labels + more,
                     value=api.UInt64Value(value=value),
@@ -402,7 +404,7 @@ FAMILIES: tuple[Family, ...] = (
            _of_huge_pages(lambda p: p.max_usage_bytes), ("pagesize",)),
 
     Family("container_fs_usage_bytes", "What the container's writable layer takes of its filesystem, in bytes.", GAUGE,
-           _layer_bytes, _DEVICE),
+           _layer_bytes, _DEVICE, lambda sample: sample.layer.timestamp if sample.layer else 0),
     Family("container_fs_limit_bytes", "Size of the filesystem that holds the container's writable layer.", GAUGE,
            _of_filesystem(lambda f: f.size_bytes), _DEVICE),
     Family("container_fs_inodes_total", "Inodes of the filesystem that holds the container's writable layer.", GAUGE,

@@ -317,6 +317,20 @@ def test_the_metrics_of_a_pod_and_its_container_are_those_that_are_described(
     assert abs(values["container_start_time_seconds"] - time.time()) < 60
 
 
+def test_metrics_tell_their_types_and_when_they_were_counted(client: Client, busybox: str) -> None:
+    pod = client.run_pod("types")
+    client.run(pod, busybox, FOR_EVER)
+
+    found = all_metrics(client)[pod.id]
+
+    every = [*found.metrics, *found.container_metrics[0].metrics]
+    totals = {each.name for each in every if each.name.endswith(("_total", "_failcnt"))} - {"container_fs_inodes_total"}
+    assert {each.name for each in every if each.metric_type == pb.COUNTER} == totals
+    ages_s = {each.name: (time.time_ns() - each.timestamp) / 1e9 for each in every if each.timestamp}
+    assert list(ages_s) == ["container_fs_usage_bytes"], "all others are read on request"
+    assert 0 < ages_s["container_fs_usage_bytes"] < 60
+
+
 def test_metrics_bear_the_labels_that_kubelet_gave_them(client: Client, busybox: str, own_cgroup: OwnCgroup) -> None:
     pod = client.run_pod("labelled", linux=own_cgroup("labelled"))
     container_id = client.run(pod, busybox, FOR_EVER)

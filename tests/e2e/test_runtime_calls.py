@@ -19,6 +19,7 @@ def test_the_status_has_conditions_handlers_and_features(client: Client, daemon:
     answer = client.runtime.Status(pb.StatusRequest(verbose=True), timeout=10)
 
     assert {each.type: each.status for each in answer.status.conditions} == {"RuntimeReady": True, "NetworkReady": True}
+    assert all(each.HasField("features") for each in answer.runtime_handlers)
     handlers = {each.name: each.features for each in answer.runtime_handlers}
     assert "" in handlers, "the default one"
     assert handlers[""] in [features for name, features in handlers.items() if name]
