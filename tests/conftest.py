@@ -1,10 +1,14 @@
-"""What all tests share: the cgroup hierarchy that crun needs on hybrid hosts."""
+"""What all tests share: the cgroup hierarchy that crun needs on hybrid hosts, and patience on a busy machine."""
 
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.hugetlb import hugetlb_hierarchy
+
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -362,7 +362,7 @@ def test_streams_of_no_kind_or_of_a_kind_that_is_there_are_refused() -> None:
     asyncio.run(run())
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.binary(max_size=500), max_size=5), st.sampled_from(["spdy", "tunnel", "channels", "command", "http"])
 )
