@@ -78,14 +78,19 @@ def test_pinned_images_are_told(client: Client, image_registry: Registry, busybo
     remove(client, reference)
 
 
-def test_streamed_images_are_the_listed_ones(client: Client, busybox: str) -> None:
-    listed = client.images.ListImages(pb.ListImagesRequest(), timeout=30).images
-    streamed = [
-        image for part in client.images.StreamImages(pb.StreamImagesRequest(), timeout=30) for image in part.images
-    ]
+def test_streamed_images_are_the_listed_ones(client: Client, busybox: str, image_registry: Registry) -> None:
+    client.pull(image_registry.push(busybox_image("another"), "test/another", "1"))
 
-    assert streamed == list(listed)
-    assert busybox in [tag for image in listed for tag in image.repo_tags]
+    def streamed(**wanted: pb.ImageFilter) -> list[pb.Image]:
+        parts = client.images.StreamImages(pb.StreamImagesRequest(**wanted), timeout=30)
+        return [image for part in parts for image in part.images]
+
+    listed = client.images.ListImages(pb.ListImagesRequest(), timeout=30).images
+
+    assert streamed() == list(listed)
+    named = [image for image in listed if busybox in image.repo_tags]
+    assert streamed(filter=pb.ImageFilter(image=pb.ImageSpec(image=busybox))) == named
+    assert len(named) == 1 < len(listed)
 
 
 def test_removing_an_image_by_one_name_takes_all_of_them(client: Client, image_registry: Registry) -> None:

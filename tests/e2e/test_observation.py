@@ -522,6 +522,14 @@ def test_a_restarted_daemon_tells_rates_and_events_at_once(make_daemon: MakeDaem
 # Lists
 
 
+def streamed(method: Any, request: Any, field: str) -> list[Any]:
+    return [item for message in method(request, timeout=30) for item in getattr(message, field)]
+
+
+def ids_of(stats: Any) -> list[str]:
+    return [each.attributes.id for each in stats]
+
+
 def test_filters_let_through_what_they_name(client: Client, busybox: str) -> None:
     pods = {name: client.run_pod(name, labels={"pod": name, "all": "yes"}) for name in ("one", "two")}
     ids = {
@@ -533,21 +541,35 @@ def test_filters_let_through_what_they_name(client: Client, busybox: str) -> Non
         client.wait_exited(ids[name, "ends"])
     client.stop_pod(pods["two"].id)
 
+    runtime = client.runtime
+
     def listed(**wanted: Any) -> set[str]:
-        request = pb.ListContainersRequest(filter=pb.ContainerFilter(**wanted))
-        return {each.id for each in client.runtime.ListContainers(request, timeout=30).containers}
+        filter = pb.ContainerFilter(**wanted)
+        found = {each.id for each in runtime.ListContainers(pb.ListContainersRequest(filter=filter)).containers}
+        parts = streamed(runtime.StreamContainers, pb.StreamContainersRequest(filter=filter), "containers")
+        assert {each.id for each in parts} == found
+        return found
 
     def listed_pods(**wanted: Any) -> set[str]:
-        request = pb.ListPodSandboxRequest(filter=pb.PodSandboxFilter(**wanted))
-        return {each.id for each in client.runtime.ListPodSandbox(request, timeout=30).items}
+        filter = pb.PodSandboxFilter(**wanted)
+        found = {each.id for each in runtime.ListPodSandbox(pb.ListPodSandboxRequest(filter=filter)).items}
+        parts = streamed(runtime.StreamPodSandboxes, pb.StreamPodSandboxesRequest(filter=filter), "pod_sandboxes")
+        assert {each.id for each in parts} == found
+        return found
 
     def with_stats(**wanted: Any) -> set[str]:
-        request = pb.ListContainerStatsRequest(filter=pb.ContainerStatsFilter(**wanted))
-        return {each.attributes.id for each in client.runtime.ListContainerStats(request, timeout=30).stats}
+        filter = pb.ContainerStatsFilter(**wanted)
+        found = {*ids_of(runtime.ListContainerStats(pb.ListContainerStatsRequest(filter=filter)).stats)}
+        request = pb.StreamContainerStatsRequest(filter=filter)
+        assert {*ids_of(streamed(runtime.StreamContainerStats, request, "container_stats"))} == found
+        return found
 
     def pods_with_stats(**wanted: Any) -> set[str]:
-        request = pb.ListPodSandboxStatsRequest(filter=pb.PodSandboxStatsFilter(**wanted))
-        return {each.attributes.id for each in client.runtime.ListPodSandboxStats(request, timeout=30).stats}
+        filter = pb.PodSandboxStatsFilter(**wanted)
+        found = {*ids_of(runtime.ListPodSandboxStats(pb.ListPodSandboxStatsRequest(filter=filter)).stats)}
+        request = pb.StreamPodSandboxStatsRequest(filter=filter)
+        assert {*ids_of(streamed(runtime.StreamPodSandboxStats, request, "pod_sandbox_stats"))} == found
+        return found
 
     one, two = pods["one"].id, pods["two"].id
     everything = set(ids.values())
@@ -574,23 +596,16 @@ def test_the_stream_calls_send_what_the_lists_do(client: Client, busybox: str) -
         client.run(pod, busybox, FOR_EVER)
     runtime = client.runtime
 
-    def streamed(method: Any, request: Any, field: str) -> list[Any]:
-        return [item for message in method(request, timeout=30) for item in getattr(message, field)]
-
-    def ids(items: Any) -> list[str]:
-        return [each.attributes.id for each in items]
-
     pods = runtime.ListPodSandbox(pb.ListPodSandboxRequest(), timeout=30).items
     assert streamed(runtime.StreamPodSandboxes, pb.StreamPodSandboxesRequest(), "pod_sandboxes") == list(pods)
     containers = runtime.ListContainers(pb.ListContainersRequest(), timeout=30).containers
     assert streamed(runtime.StreamContainers, pb.StreamContainersRequest(), "containers") == list(containers)
     stats = runtime.ListContainerStats(pb.ListContainerStatsRequest(), timeout=30).stats
-    assert ids(streamed(runtime.StreamContainerStats, pb.StreamContainerStatsRequest(), "container_stats")) == ids(
-        stats
-    )
+    found = streamed(runtime.StreamContainerStats, pb.StreamContainerStatsRequest(), "container_stats")
+    assert ids_of(found) == ids_of(stats)
     pod_stats = runtime.ListPodSandboxStats(pb.ListPodSandboxStatsRequest(), timeout=30).stats
-    request = pb.StreamPodSandboxStatsRequest()
-    assert ids(streamed(runtime.StreamPodSandboxStats, request, "pod_sandbox_stats")) == ids(pod_stats)
+    found = streamed(runtime.StreamPodSandboxStats, pb.StreamPodSandboxStatsRequest(), "pod_sandbox_stats")
+    assert ids_of(found) == ids_of(pod_stats)
     metrics = all_metrics(client)
     found = streamed(runtime.StreamPodSandboxMetrics, pb.StreamPodSandboxMetricsRequest(), "pod_sandbox_metrics")
     assert {each.pod_sandbox_id for each in found} == set(metrics)

@@ -124,9 +124,11 @@ def test_a_command_that_takes_too_long_is_ended_with_all_its_children(client: Cl
     pod = client.run_pod("slow")
     container_id = client.run(pod, busybox, FOR_EVER)
 
+    begun = time.monotonic()
     with pytest.raises(grpc.RpcError) as failure:
         client.exec_sync(container_id, ["sh", "-c", "sleep 4711 & setsid sleep 4712 & sleep 4713"], timeout_s=1)
 
+    assert 1 <= time.monotonic() - begun < 15, "the call's own deadline is 20 s later"
     assert failure.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     listed = client.exec_sync(container_id, ["sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"]).stdout
     assert b"471" not in listed
