@@ -3,7 +3,7 @@ PYTHON_BIN := .venv/bin/python
 PYTEST := $(PYTHON_BIN) -m pytest
 ROOT := $(shell [ "$$(id -u)" = 0 ] && echo yes)
 
-.PHONY: demo test check format unit integration e2e e2e-v2 critest critest-v2 bench setup docs proto clean
+.PHONY: demo test check format unit integration e2e e2e-v2 rows critest critest-v2 bench setup docs proto clean
 
 demo: setup
 	@$(PYTHON_BIN) -m demo
@@ -35,6 +35,10 @@ integration: setup
 
 e2e: setup
 	$(PYTEST) tests/e2e
+
+# For every call and field of the CRI: that a test fails without it (in 15 minutes).
+rows: setup
+	$(PYTHON_BIN) -m tests.rows $(ARGS)
 
 # CRITEST_IMAGES is the data directory of a docker-registry with the suite's images, by default critest-images in the
 # user's cache directory; ARGS are more arguments (--newer, --handler crun, --focus TEXT …).

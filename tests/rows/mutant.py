@@ -9,6 +9,7 @@ does the same to the pure translations that unit tests call.
 import copy
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -154,7 +155,18 @@ def pytest_runtest_call(item: pytest.Function) -> Iterator[None]:
         MUTATION.unlink(missing_ok=True)
 
 
+def _verdicts() -> dict[str, str]:
+    words = {"failed": "held", "passed": "SURVIVED", "skipped": "skipped here"}
+    return {row: words.get(_outcomes.get(row, ""), "NOT RUN") for row in _plan}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    session.exitstatus = 0 if {*_verdicts().values()} <= {"held", "skipped here"} else 1
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for row in _plan:
-        outcome = {"failed": "held", "passed": "SURVIVED", "skipped": "skipped here"}.get(_outcomes.get(row, ""))
-        terminalreporter.write_line(f"{outcome or 'NOT RUN'}: {row}")
+    verdicts = _verdicts()
+    for row, verdict in verdicts.items():
+        terminalreporter.write_line(f"{verdict}: {row}")
+    counts = Counter(verdicts.values())
+    terminalreporter.write_line(", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items())))
