@@ -68,6 +68,7 @@ class step:
 def make(request: wire.Message, reply_fd: int) -> "NoReturn":
     """Be the maker: make the pod, answer on `reply_fd`, end. If nobody hears the answer, nothing stays."""
     reply = take_channel(reply_fd)
+    kernel.set_child_subreaper()  # until it ends: what the pod's process forks and leaves is its to undo
     maker = Maker(request)
     try:
         wire.send(reply, maker.run())
@@ -178,11 +179,17 @@ class Maker:
             kernel.write_record(self._pin_dir, RECORD, f'{{"pid": {self._pid}, "start_time": {started}}}')
 
     def undo(self) -> None:
+        """End what was made, and reap it here: the fork server would keep its end for somebody to ask about."""
         if self._pid:
             try:
                 os.kill(self._pid, signal.SIGKILL)
             except ProcessLookupError:
                 self._pid = 0
+        while True:
+            try:
+                os.waitpid(-1, 0)
+            except ChildProcessError:
+                break
         remove_pins(self._pin_dir)
 
 

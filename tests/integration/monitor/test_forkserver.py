@@ -152,6 +152,8 @@ def test_a_pod_without_a_process_has_only_pins(world: Any) -> None:
         ({"sysctls": {"net.ipv4.ip_forward": "maybe"}}, "sysctl net.ipv4.ip_forward=maybe: Invalid argument"),
         ({"sysctls": {"vm.swappiness": "1"}}, "sysctl vm.swappiness: not of a namespace that this pod has"),
         ({"sysctls": {"net/../vm/swappiness": "1"}}, "sysctl net/../vm/swappiness: malformed"),
+        ({"namespaces": ("net", "pid"), "sysctls": {"net.no_such_thing": "1"}}, "sysctl net.no_such_thing=1: No such"),
+        ({"namespaces": ("net", "pid"), "cgroup_procs": ("/no/such/file",)}, "cgroup /no/such/file: No such file"),
         ({"hostname": "x" * 65}, "hostname x+: Invalid argument"),
         ({"pause_path": "/no/such/pause"}, "pause program /no/such/pause: No such file"),
         ({"pause_path": "/etc/passwd"}, "Permission denied|Exec format"),
@@ -175,6 +177,7 @@ def test_a_failed_pod_names_the_step_and_leaves_nothing(world: Any, change: dict
                     break
                 await asyncio.sleep(0.02)
             assert await w.forks.children() == ()
+            assert list((w.run_dir / "orphans").iterdir()) == []
 
     asyncio.run(main())
 
