@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cri.errors import is_expected
+from oci import trace
 
 T = TypeVar("T")
 
@@ -35,7 +36,7 @@ class Changes:
         """The result of the change `key`: joined where it runs already, else started from `change`."""
         entry = self._running.get(key)
         if entry is None:
-            task = asyncio.create_task(change(), name=key)
+            task = asyncio.create_task(_traced(key, change), name=key)
             entry = self._running[key] = (task, time.monotonic())
             task.add_done_callback(self._finished)  # forgets the task, logs its error: nobody may be waiting
         result: T = await asyncio.shield(entry[0])
@@ -59,3 +60,8 @@ class Changes:
         error = task.exception()  # marks it as seen
         if error is not None and not is_expected(error):
             _log.error("%s failed by a defect", task.get_name(), exc_info=error)
+
+
+async def _traced(key: str, change: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    with trace.step("change", {"crito.change": key}):  # of the caller who started it; it may outlast that one's request
+        return await change()

@@ -223,12 +223,8 @@ def _serve(arguments: Arguments) -> int:
     config = _load(arguments)
     log.configure(config.log.level, config.log.format)
     import asyncio  # noqa: PLC0415
-    import logging  # noqa: PLC0415
 
     from cri import daemon  # noqa: PLC0415
-
-    if config.tracing.endpoint:
-        logging.getLogger(__name__).warning("tracing.endpoint is set, but this version sends no traces")
 
     asyncio.run(daemon.run(config))
     return 0

@@ -419,8 +419,12 @@ class TracingSection:
     endpoint: str = setting(
         kinds.HTTP_URL,
         "",
-        'Collector that takes OTLP over HTTP, as "http://HOST:4318"; empty sends nothing. This version sends no traces:'
-        " set, it only makes the daemon say so.",
+        'Collector that takes OTLP over gRPC, as "http://HOST:4317", or https for TLS; empty traces nothing.',
+    )
+    sampling_rate_per_million: int = setting(
+        kinds.PER_MILLION,
+        1_000_000,
+        "How many of a million requests are traced. A caller who sends a trace context decides for its own requests.",
     )
 
 

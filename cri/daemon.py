@@ -48,6 +48,7 @@ from cri.server import Server
 from cri.streaming.client import Streams
 from cri.streaming.settings import StreamSettings
 from cri.streaming.tls import TlsSettings
+from cri.tracing import tracing
 from oci.bundle import Bundles
 from oci.checkpoint import Checkpoints
 from oci.clock import Clock
@@ -190,7 +191,9 @@ class Daemon:
         api = self._config.api
         if self._config.nri.enable:
             await self._start_nri(stack)
-        self._server = Server(api.listen, self._counts, api.grpc_max_recv_msg_size, api.grpc_max_send_msg_size)
+        traces = tracing(self._config.tracing.endpoint, self._config.tracing.sampling_rate_per_million)
+        stack.push_async_callback(traces.close)
+        self._server = Server(api.listen, self._counts, traces, api.grpc_max_recv_msg_size, api.grpc_max_send_msg_size)
         self._add_services(self._server)
         await self._server.start()
         _log.info("crito %s serves the CRI on %s", VERSION, api.listen)

@@ -1,6 +1,7 @@
 """The gRPC server on the UNIX socket: what every call passes through before and after the service's own method.
 
-Per call: the log context (method), its time and outcome for the metrics, and the translation of our errors to codes.
+Per call: the log context (method, trace), its time and outcome for the metrics, its span for the traces, and the
+translation of our errors to codes.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ import grpc
 import grpc.aio
 
 from cri import errors, log
+from cri.tracing import Tracing
 from oci.errors import InvalidArgument
 
 SOCKET_MODE = 0o660
@@ -31,8 +33,9 @@ class CallObserver(Protocol):
 class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Wraps every method of every service with what the module's docstring says."""
 
-    def __init__(self, observer: CallObserver) -> None:
+    def __init__(self, observer: CallObserver, tracing: Tracing) -> None:
         self._observer = observer
+        self._tracing = tracing
 
     async def intercept_service(
         self,
@@ -40,7 +43,7 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any]":
         handler = await continuation(handler_call_details)
-        method = handler_call_details.method.rpartition("/")[2]
+        method = handler_call_details.method.removeprefix("/")
         if handler is not None and handler.unary_unary:
             behaviour = self._unary(method, handler.unary_unary, handler.request_deserializer)
             return grpc.unary_unary_rpc_method_handler(behaviour, None, handler.response_serializer)
@@ -49,24 +52,38 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
             return grpc.unary_stream_rpc_method_handler(behaviour, None, handler.response_serializer)
         return handler
 
-    def _unary(self, method: str, behaviour: Any, decode: Any) -> Any:
-        async def call(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            with log.bound(method=method):
+    def _unary(self, full_name: str, behaviour: Any, decode: Any) -> Any:
+        method = _short(full_name)
+
+        async def call(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            with (
+                self._tracing.request(full_name, _metadata(context)) as span,
+                log.bound(method=method, trace_id=span.trace_id),
+            ):
                 started = time.monotonic()
                 try:
-                    response = await behaviour(_decoded(method, request, decode), context)
+                    request = _decoded(method, raw, decode)
+                    span.about(request)
+                    response = await behaviour(request, context)
                 except Exception as error:
-                    code = self._failed(method, error, started)
-                    await context.abort(code, errors.text_of(error))
+                    code, text = self._failed(method, error, started), errors.text_of(error)
+                    span.answered(code.name, text)
                 except asyncio.CancelledError:
+                    span.answered(grpc.StatusCode.CANCELLED.name)
                     self._observer.observe(method, grpc.StatusCode.CANCELLED.name, time.monotonic() - started)
                     raise
-                self._observer.observe(method, grpc.StatusCode.OK.name, time.monotonic() - started)
-                return response
+                else:
+                    span.about(response)
+                    span.answered(grpc.StatusCode.OK.name)
+                    self._observer.observe(method, grpc.StatusCode.OK.name, time.monotonic() - started)
+                    return response
+            await context.abort(code, text)
 
         return call
 
-    def _stream(self, method: str, behaviour: Any, decode: Any) -> Any:
+    def _stream(self, full_name: str, behaviour: Any, decode: Any) -> Any:
+        method = _short(full_name)
+
         async def call(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             started = time.monotonic()
             try:
@@ -92,6 +109,14 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         return code
 
 
+def _short(full_name: str) -> str:
+    return full_name.rpartition("/")[2]
+
+
+def _metadata(context: grpc.aio.ServicerContext[Any, Any]) -> dict[str, str]:
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
 def _decoded(method: str, request: bytes, decode: Any) -> Any:
     """The request's message. gRPC itself would answer a malformed one with UNKNOWN, as if the defect were ours."""
     try:
@@ -103,10 +128,12 @@ def _decoded(method: str, request: bytes, decode: Any) -> Any:
 class Server:
     """A gRPC server that listens on one UNIX socket."""
 
-    def __init__(self, listen: Path, observer: CallObserver, max_recv_bytes: int, max_send_bytes: int) -> None:
+    def __init__(
+        self, listen: Path, observer: CallObserver, tracing: Tracing, max_recv_bytes: int, max_send_bytes: int
+    ) -> None:
         self._listen = listen
         self.grpc = grpc.aio.server(
-            interceptors=[Edge(observer)],
+            interceptors=[Edge(observer, tracing)],
             options=[
                 ("grpc.max_receive_message_length", max_recv_bytes),
                 ("grpc.max_send_message_length", max_send_bytes),

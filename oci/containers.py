@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from oci import checkpoint_archive, checkpoint_worker, criu, spec, status
+from oci import checkpoint_archive, checkpoint_worker, criu, spec, status, trace
 from oci.background import Background, until_done, with_last_repeated
 from oci.bundle import Bundles
 from oci.cdi import Cdi
@@ -430,7 +430,8 @@ class Containers:
             container.stop_changed.set()
         if container.stop_task is None or container.stop_task.done():
             container.stop_task = self._background.start(self._stop(container), f"stop container {container.id}")
-        await asyncio.shield(container.stop_task)
+        with trace.step("wait for the container's end"):
+            await asyncio.shield(container.stop_task)
 
     async def _stop(self, container: Container) -> None:
         loop = asyncio.get_running_loop()
@@ -511,13 +512,15 @@ class Containers:
                 container.record = replace(container.record, is_removing=True)
                 await self._records.put(container.id, container.record)
         await self.stop(container, 0)
-        await container.released.wait()
+        with trace.step("wait for the container's release"):
+            await container.released.wait()
         await self.hooks.removing(container)
         await until_done(f"removal of container {container.id}", lambda: self._delete(container))
         self._publish(EventKind.DELETED, container)
 
     async def _delete(self, container: Container) -> None:
-        await self._pooled(self._rootfs.remove, container.id)
+        with trace.step("remove writable layer"):
+            await self._pooled(self._rootfs.remove, container.id)
         await self._pooled(self._bundles.remove, container.id)
         await self._records.delete(container.id)
         self._forget_name(container.record)

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from oci import trace
 from oci.errors import DeadlineExceeded, Error, FailedPrecondition, Unavailable
 from oci.monitor import wire
 
@@ -76,10 +77,15 @@ class Connection:
         self, verb: str, *, timeout_s: float = CALL_TIMEOUT_S, fds: Mapping[str, int] | None = None, **fields: Any
     ) -> tuple[wire.Message, list[int]]:
         """The answer and its fds, now the caller's. An error in it is raised as the kind that it names."""
+        with trace.step(f"{self._peer}: {verb}"):
+            return await self._call(verb, timeout_s, fds or {}, fields)
+
+    async def _call(
+        self, verb: str, timeout_s: float, fds: Mapping[str, int], fields: Mapping[str, Any]
+    ) -> tuple[wire.Message, list[int]]:
         request = next(self._ids)
         answer: asyncio.Future[tuple[wire.Message, list[int]]] = self._loop.create_future()
         self._waiting[request] = answer
-        fds = fds or {}
         message = {"id": request, "verb": verb, **fields, "fds": list(fds)}
         try:
             async with asyncio.timeout(timeout_s):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from oci import cdi, cdi_edits, host, spec
+from oci import cdi, cdi_edits, host, spec, trace
 from oci.cdi import Cdi
 from oci.cdi_edits import Edits
 from oci.container import ContainerRecord
@@ -74,8 +74,10 @@ class Preparation:
     ) -> tuple[passwd.User, dict[str, Any]]:
         """The container's user, and config.json as far as image, CRI, node and handler decide it."""
         wanted = record.spec
-        found = await host.look_up(wanted, privileged_devices=not handler.privileged_without_host_devices)
-        user, config = await self._pooled(self._mount_and_build, record, pod, image, found, handler, target_pid_ns)
+        with trace.step("look up host paths"):
+            found = await host.look_up(wanted, privileged_devices=not handler.privileged_without_host_devices)
+        with trace.step("mount root filesystem", {"crito.layers": len(image.layers)}):
+            user, config = await self._pooled(self._mount_and_build, record, pod, image, found, handler, target_pid_ns)
         config = cdi_edits.edited(config, devices, idmap_mounts=handler.features.idmap_mounts)
         return user, await self._pooled(self._hook_files.inject, config, *_asked_of_hooks(pod, wanted))
 

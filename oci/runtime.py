@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from oci import tiny_program
+from oci import tiny_program, trace
 from oci.container_spec import ContainerId
 from oci.errors import DeadlineExceeded, Error, FailedPrecondition, NotFound, Unimplemented
 from oci.linux import cgroup, proc, tree
@@ -233,7 +233,8 @@ class Runtime:
             cgroup.detect().remove(cgroup.child_path(self.driver, cgroup_parent, id))
 
     async def _command(self, command: str, *arguments: str, timeout_s: float, given: bytes | None = None) -> bytes:
-        return await self._output([*self.argv, command, *arguments], timeout_s, given)
+        with trace.step(f"OCI runtime: {command}", {"crito.runtime_handler": self.name}):
+            return await self._output([*self.argv, command, *arguments], timeout_s, given)
 
     async def _output(
         self,

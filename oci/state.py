@@ -14,6 +14,8 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from oci import trace
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -81,11 +83,13 @@ class Records(Generic[T]):
     async def put(self, id: str, record: T) -> None:
         text = self._encoder.encode(record).decode()
         statement = f"INSERT OR REPLACE INTO {self._table} VALUES (?, ?)"
-        await self._database.run(lambda connection: connection.execute(statement, (id, text)))
+        with trace.step("write record", {"crito.table": self._table}):
+            await self._database.run(lambda connection: connection.execute(statement, (id, text)))
 
     async def delete(self, id: str) -> None:
         statement = f"DELETE FROM {self._table} WHERE id = ?"
-        await self._database.run(lambda connection: connection.execute(statement, (id,)))
+        with trace.step("delete record", {"crito.table": self._table}):
+            await self._database.run(lambda connection: connection.execute(statement, (id,)))
 
     def load(self) -> Iterator[tuple[str, T | Unreadable]]:
         """Every record; to be called before the first write."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
 
+from oci import trace
 from oci.container_spec import SandboxId
 from oci.linux import cgroup
 from oci.linux.systemd import Systemd
@@ -41,7 +42,8 @@ class PodCgroups:
         if self._driver is cgroup.Driver.SYSTEMD:
             return ()
         path = cgroup.child_path(self._driver, parent, id)
-        await self._pooled(self._hierarchies.make, path)
+        with trace.step("make cgroup"):
+            await self._pooled(self._hierarchies.make, path)
         return tuple(str(file) for file in self._hierarchies.procs_files(path))
 
     async def place(self, parent: str, id: SandboxId, pause_pid: int) -> None:
@@ -56,7 +58,8 @@ class PodCgroups:
         if self._driver is cgroup.Driver.SYSTEMD:
             await self._systemd.stop_unit(cgroup.scope_name(id))
         else:
-            await self._pooled(self._hierarchies.remove, cgroup.child_path(self._driver, parent, id))
+            with trace.step("remove cgroup"):
+                await self._pooled(self._hierarchies.remove, cgroup.child_path(self._driver, parent, id))
 
     async def remove_parent(self, parent: str) -> None:
         """Remove a parent that was the pod's own, with what is left below it."""

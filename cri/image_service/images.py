@@ -39,6 +39,7 @@ from cri.image_service.store import ImageRecord, Name, Origin, Store
 from cri.image_service.stores import Stores
 from cri.image_service.tasks import Tasks
 from cri.image_service.workers import Workers
+from oci import trace
 from oci.errors import Error, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
 from oci.linux import proc
 
@@ -246,7 +247,7 @@ class Images:
         if on_progress is not None:
             progress.listeners.append(on_progress)
         try:
-            return await self._pulls.run(pull, lambda: self._pull(pull, progress))
+            return await self._pulls.run(pull, lambda: self._traced(pull, progress))
         except asyncio.CancelledError as error:
             if pull in self._cancelled and not _is_being_cancelled():
                 raise Unavailable(f"the pull of {parsed} was cancelled by the node's administrator") from error
@@ -254,6 +255,10 @@ class Images:
         finally:
             if on_progress is not None:
                 progress.listeners.remove(on_progress)
+
+    async def _traced(self, pull: _Pull, progress: Progress) -> Image:
+        with trace.step("pull", {"container.image.name": str(pull.wanted)}):  # may outlast the request that began it
+            return await self._pull(pull, progress)
 
     async def _pull(self, pull: _Pull, progress: Progress) -> Image:
         self._cancelled.discard(pull)

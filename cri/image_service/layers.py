@@ -27,6 +27,7 @@ from cri.image_service.store import Contents, LayerRecord
 from cri.image_service.stores import Stores
 from cri.image_service.tasks import Tasks
 from cri.image_service.workers import Workers
+from oci import trace
 from oci.errors import Error, Unavailable
 
 log = logging.getLogger(__name__)
@@ -177,7 +178,8 @@ class Layers:
                 await asyncio.wait([settling])
                 continue
             try:
-                await self._work.run(layer.id, fetch)
+                with trace.step("layer", {"crito.layer": layer.digest or layer.id, "crito.bytes": layer.size_bytes}):
+                    await self._work.run(layer.id, fetch)
             except Error:
                 if tried:
                     raise
@@ -206,7 +208,8 @@ class Layers:
             record = LayerRecord(layer.id, made["size_bytes"], made["inodes"], tuple(made["implied"]))
             settling = self._settling[layer.id] = self._tasks.start(self._settle(temporary, record))
             settling.add_done_callback(lambda _: self._settling.pop(layer.id, None))
-            await asyncio.shield(settling)
+            with trace.step("commit layer"):
+                await asyncio.shield(settling)
         except BaseException as error:
             shown.phase = LayerPhase.FAILED
             self.totals.failed_layers += not isinstance(error, asyncio.CancelledError)

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from cri.image_service.progress import LayerProgress
+from oci import trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class Slots:
         self._waiting.append(entry)
         self._serve()
         try:
-            await turn
+            with trace.step("wait for a turn"):
+                await turn
         except asyncio.CancelledError:
             if entry in self._waiting:
                 self._waiting.remove(entry)

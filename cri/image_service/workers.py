@@ -13,6 +13,7 @@ from signal import SIGKILL
 from typing import Any
 
 import oci.errors
+from oci import trace
 from oci.errors import DeadlineExceeded, Error, ResourceExhausted, Unavailable
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,10 @@ class Workers:
 
         Cancelled, or after any of the last two, the worker is killed: what it was making is for the caller to remove.
         """
+        with trace.step(f"image worker: {request['verb']}"):
+            return await self._call(request, progressed)
+
+    async def _call(self, request: dict[str, Any], progressed: Progressed | None) -> dict[str, Any]:
         process = await self._start()
         answered = False
         try:

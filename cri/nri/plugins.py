@@ -23,6 +23,7 @@ from cri.api.nri.v1alpha1 import api_pb2 as nri
 from cri.nri import program
 from cri.nri.connection import Connection, NotImplementedByPlugin, Refused
 from cri.nri.mux import ProtocolError
+from oci import trace
 from oci.errors import DeadlineExceeded, Error, InvalidArgument, PermissionDenied, Unavailable
 from oci.version import VERSION
 
@@ -186,7 +187,8 @@ class Plugins:
         self, plugin: Plugin, method: str, request: Message, answer: type[R], timeout_s: float | None = None
     ) -> R:
         assert plugin.connection is not None
-        return await plugin.connection.call(method, request, answer, timeout_s or self._settings.request_timeout_s)
+        with trace.step(f"NRI {method}", {"nri.plugin": plugin.full_name}):
+            return await plugin.connection.call(method, request, answer, timeout_s or self._settings.request_timeout_s)
 
     # Coming
 

@@ -14,6 +14,7 @@ from jeepney import DBusAddress, MatchRule, Message, MessageType, message_bus, n
 from jeepney.auth import AuthenticationError
 from jeepney.io.asyncio import DBusRouter, Proxy, open_dbus_connection
 
+from oci import trace
 from oci.errors import DeadlineExceeded, Error, NotFound, Unavailable
 
 DEFAULT_ADDRESS = "unix:path=/run/dbus/system_bus_socket"
@@ -36,7 +37,7 @@ class Systemd:
     async def version(self) -> str:
         """systemd's own version. Raises Unavailable where there is no bus, or no systemd on it."""
         properties = DBusAddress(_MANAGER.object_path, _MANAGER.bus_name, "org.freedesktop.DBus.Properties")
-        async with self._deadline("Get Version"), self._connected() as router:
+        async with self._deadline("Get", "Version"), self._connected() as router:
             body = await _call(router, properties, "Get", "ss", (_MANAGER.interface, "Version"))
         return str(body[0][1])
 
@@ -53,7 +54,7 @@ class Systemd:
             ("DefaultDependencies", ("b", False)),  # else a shutdown kills it before the kubelet can stop its pod
             ("CollectMode", ("s", "inactive-or-failed")),
         ]
-        async with self._deadline(f"StartTransientUnit {name}"), self._connected() as router:
+        async with self._deadline("StartTransientUnit", name), self._connected() as router:
             try:
                 await _job(router, "StartTransientUnit", "ssa(sv)a(sa(sv))", (name, "replace", properties, []))
             except _UnitExistsError:
@@ -62,14 +63,16 @@ class Systemd:
 
     async def stop_unit(self, name: str) -> None:
         """Stop a unit and wait for it; what is in it gets killed. That there is no such unit is success."""
-        async with self._deadline(f"StopUnit {name}"), self._connected() as router:
+        async with self._deadline("StopUnit", name), self._connected() as router:
             await _stop(router, name)
 
     @asynccontextmanager
-    async def _deadline(self, what: str) -> AsyncIterator[None]:
+    async def _deadline(self, method: str, subject: str) -> AsyncIterator[None]:
+        what = f"{method} {subject}"
         try:
-            async with asyncio.timeout(self._timeout_s):
-                yield
+            with trace.step(f"systemd: {method}"):
+                async with asyncio.timeout(self._timeout_s):
+                    yield
         except TimeoutError:
             raise DeadlineExceeded(f"systemd: {what}: no answer within {self._timeout_s:g} s") from None
         except (OSError, AuthenticationError, EOFError) as error:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from oci import trace
 from oci.errors import DeadlineExceeded, Error, Unavailable
 
 from .conflist import JsonObject
@@ -90,8 +91,11 @@ class Plugins:
         Raises PluginError with the plugin's own code and text, DeadlineExceeded when it had to be killed, Unavailable
         when it cannot be found or executed, Error when it answered what is not a JSON object.
         """
+        with trace.step(f"CNI {call.verb}", {"cni.plugin": call.plugin}):
+            return await self._run(call, min(timeout_s or self.timeout_s, self.timeout_s))
+
+    async def _run(self, call: Call, deadline_s: float) -> JsonObject | None:
         path = self.find(call.plugin)
-        deadline_s = min(timeout_s or self.timeout_s, self.timeout_s)
         loop = asyncio.get_running_loop()
         stall = loop.call_later(STALL_S, log.warning, "%s still runs after %g s", call, STALL_S)
         started = loop.time()

@@ -198,6 +198,7 @@ WRONG = [
     ("[network]\ntimeout = 0", "expected seconds above 0"),
     ("[metrics]\nlisten = '9090'", 'expected "IP:PORT"'),
     ("[tracing]\nendpoint = 'localhost:4317'", "expected a URL"),
+    ("[tracing]\nsampling_rate_per_million = 1000001", "expected a whole number from 0 to 1000000"),
     ("[log]\nlevel = 'loud'", 'log.level = "loud": expected one of "debug", "info", "warning", "error"'),
 ]
 

@@ -15,6 +15,7 @@ from cri.api.runtime.v1 import api_pb2_grpc
 from cri.runtime_service.events import ContainerEvents
 from cri.runtime_service.service import RuntimeService
 from cri.server import Server
+from cri.tracing import NoTracing
 from oci.clock import Clock
 from oci.events import Bus, Event, EventKind
 from sandbox.sandbox import SandboxRecord
@@ -57,7 +58,7 @@ async def serving(directory: Path, bus: Bus[Event], sandboxes: OneSandbox) -> As
     events = ContainerEvents(bus, cast(Any, sandboxes), cast(Any, NoContainers()), Clock())
     service = RuntimeService.__new__(RuntimeService)  # GetContainerEvents needs nothing else
     service._events = events
-    server = Server(directory / "s", NoObserver(), 1 << 20, 1 << 20)
+    server = Server(directory / "s", NoObserver(), NoTracing(), 1 << 20, 1 << 20)
     api_pb2_grpc.add_RuntimeServiceServicer_to_server(service, server.grpc)
     await server.start()
     async with grpc.aio.insecure_channel(f"unix:{directory / 's'}") as channel:
