@@ -2,15 +2,18 @@
 
 import re
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
 from cri.api.runtime.v1 import api_pb2 as pb
 from tests.e2e.conftest import MakeDaemon
+from tests.e2e.harness import kubelet as kubelet_module
 from tests.e2e.harness.client import Client
 from tests.e2e.harness.daemon import Daemon
 from tests.e2e.harness.images import Entry, layer
 from tests.e2e.harness.images import image as image_of
+from tests.e2e.harness.kubelet import running_kubelet
 from tests.e2e.harness.ports import wait_until
 from tests.e2e.harness.registry import Registry
 from tests.fakes.collector import Collector, Taken
@@ -124,3 +127,32 @@ def test_a_daemon_whose_collector_has_gone_serves_and_ends_as_ever(make_daemon: 
 
     assert daemon.stop(timeout_s=10) == 0
     assert "Traceback" not in daemon.log.read_text()
+
+
+@pytest.mark.skipif(not kubelet_module.PROGRAM, reason="kubelet is not installed")
+def test_kubelet_s_trace_of_a_pod_goes_on_in_ours(make_daemon: MakeDaemon, busybox: str) -> None:
+    main = {"name": "main", "image": busybox, "command": ["sleep", "600"], "imagePullPolicy": "IfNotPresent"}
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "traced", "namespace": "default"},
+        "spec": {"containers": [main], "terminationGracePeriodSeconds": 0},
+    }
+    with Collector() as collector:
+        daemon = make_daemon({"tracing": {"endpoint": collector.endpoint, "sampling_rate_per_million": 0}})
+        of_kubelet = {"endpoint": collector.endpoint.removeprefix("http://"), "samplingRatePerMillion": 1_000_000}
+        with running_kubelet(daemon, settings={"tracing": of_kubelet}) as kubelet:
+            kubelet.write(pod)
+            wait_until(lambda: kubelet.condition("traced", "Ready"), "the pod is ready", 60)
+            for method in ("RunPodSandbox", "CreateContainer", "StartContainer"):
+                wait_until(partial(_is_of_kubelet, collector, method), f"kubelet's span of {method}", 30)
+
+
+def _is_of_kubelet(collector: Collector, method: str) -> bool:
+    """Whether our span of the call lies in kubelet's, which kubelet sends some seconds later."""
+    parents = {span.parent_id for span in collector.spans if _is_ours(span, method)}
+    return [span.resource["service.name"] for span in collector.spans if span.id in parents] == ["kubelet"]
+
+
+def _is_ours(span: Taken, method: str) -> bool:
+    return span.name.endswith(f"/{method}") and span.resource["service.name"] == "crito"
