@@ -17,6 +17,7 @@ Directories, below `root` and `run_dir` of the configuration:
 import asyncio
 import contextlib
 import fcntl
+import gc
 import json
 import logging
 import os
@@ -195,6 +196,8 @@ class Daemon:
         stack.push_async_callback(traces.close)
         self._server = Server(api.listen, self._counts, traces, api.grpc_max_recv_msg_size, api.grpc_max_send_msg_size)
         self._add_services(self._server)
+        gc.collect()
+        gc.freeze()  # what is here stays: to look through it in each full collection would stop the loop for 10 ms
         await self._server.start()
         _log.info("crito %s serves the CRI on %s", VERSION, api.listen)
 
