@@ -6,7 +6,6 @@ import binascii
 import hashlib
 import json
 import logging
-import os
 import re
 import secrets
 import shutil
@@ -20,12 +19,14 @@ from typing import Any
 from cri.image_service import reference as references
 from cri.image_service.reference import Reference
 from cri.image_service.registries_conf import AUTH_FILES, Endpoint
+from oci import environment
 from oci.errors import FailedPrecondition, InvalidArgument
 
 log = logging.getLogger(__name__)
 
 _HELPER_TIMEOUT_S = 30
-_HELPER_ENVIRONMENT = ("PATH", "HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+# By which a helper says that it knows nothing of a server; whatever else it says when it fails is an error.
+_NOT_FOUND = "credentials not found in native keychain"
 _DOCKER_HUB_KEYS = ("docker.io", "index.docker.io", "registry-1.docker.io")
 _DOCKER_HUB_URL = "https://index.docker.io/v1/"  # the key under which Docker's own helpers keep it
 _NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -238,7 +239,10 @@ def _decoded(auth: str, source: str) -> tuple[str, str]:
 
 
 async def _ask_helper(name: str, host: str) -> Credentials | None:
-    """What `docker-credential-<name> get` says of `host`. Source: docker-credential-helpers, the "get" protocol."""
+    """What `docker-credential-<name> get` says of `host`; raises FailedPrecondition with its words where it fails.
+
+    Source: docker-credential-helpers, the "get" protocol and credentials/error.go.
+    """
     program = shutil.which(f"docker-credential-{name}")
     if program is None or "/" in name:
         raise FailedPrecondition(f"credential helper docker-credential-{name} for registry {host} is not in PATH")
@@ -254,12 +258,12 @@ async def _helper_says(program: str, server: str) -> Credentials | None:
         "get",
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        env={key: os.environ[key] for key in _HELPER_ENVIRONMENT if key in os.environ},
+        stderr=asyncio.subprocess.PIPE,
+        env=environment.inherited(),
     )
     try:
         async with asyncio.timeout(_HELPER_TIMEOUT_S):
-            answer, _ = await process.communicate(server.encode())
+            answer, complaints = await process.communicate(server.encode())
     except TimeoutError as error:
         raise FailedPrecondition(
             f"credential helper {program} did not answer for {server} in {_HELPER_TIMEOUT_S} s"
@@ -269,7 +273,12 @@ async def _helper_says(program: str, server: str) -> Credentials | None:
             process.kill()
             await process.wait()
     if process.returncode:
-        return None  # the helper's way to say that it knows nothing of this server
+        said = (answer.strip() or complaints.strip()).decode(errors="replace")
+        if said == _NOT_FOUND:
+            return None
+        raise FailedPrecondition(
+            f"credential helper {program} failed for {server}: {said[:500] or 'it does not say why'}"
+        )
     try:
         content = json.loads(answer)
         username, secret = str(content["Username"]), str(content["Secret"])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from oci import trace
+from oci import environment, trace
 from oci.errors import DeadlineExceeded, Error, Unavailable
 
 from .conflist import JsonObject
@@ -28,8 +28,6 @@ DRAIN_S = 0.5  # how long a helper that outlives its plugin may hold the plugin'
 KILL_S = 2.0  # how long a killed plugin may take to go before it is left to itself
 BUSY_TRIES = 5
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# What systemd tells this daemon about itself; a plugin that believed it would notify or listen in our place.
-PRIVATE_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_", "INVOCATION_ID", "JOURNAL_STREAM", "PYTHON", "CNI_")
 
 CODE_CONTAINER_UNKNOWN = 3
 CODE_TRY_AGAIN_LATER = 11
@@ -111,7 +109,7 @@ class Plugins:
         return _answer(call, outcome)
 
     def _environment(self, call: Call) -> dict[str, str]:
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(PRIVATE_VARIABLES)}
+        inherited = {key: value for key, value in environment.inherited().items() if not key.startswith("CNI_")}
         return {
             "PATH": DEFAULT_PATH,  # portmap and bridge look for iptables here
             **inherited,

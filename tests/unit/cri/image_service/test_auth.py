@@ -113,6 +113,32 @@ def test_a_credential_helper_is_asked(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found(Endpoint("r.io", "x"), auth_file=path) == ("for-r.io", "s")
 
 
+def helper_that_fails(directory: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> Path:
+    helper = directory / "docker-credential-fake"
+    helper.write_text(f"#!/bin/sh\nread host\necho {text}\nexit 1\n")
+    helper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
+    return auth_file(directory, {"credHelpers": {"r.io": "fake"}})
+
+
+def test_a_credential_helper_that_knows_nothing_makes_the_pull_anonymous(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = helper_that_fails(tmp_path, monkeypatch, "credentials not found in native keychain")
+
+    assert found(Endpoint("r.io", "x"), auth_file=path) is None
+
+
+def test_a_credential_helper_that_fails_is_an_error_with_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = helper_that_fails(tmp_path, monkeypatch, "the session of $FAKE_PROFILE has expired")
+    monkeypatch.setenv("FAKE_PROFILE", "node-role")
+
+    with pytest.raises(FailedPrecondition, match=r"failed for r\.io: the session of node-role has expired"):
+        found(Endpoint("r.io", "x"), auth_file=path)
+
+
 def test_a_credential_helper_that_is_not_there_is_named(tmp_path: Path) -> None:
     path = auth_file(tmp_path, {"credHelpers": {"r.io": "none-such"}})
 
