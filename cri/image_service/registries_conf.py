@@ -47,12 +47,12 @@ class Registry:
     blocked: bool = False
     mirrors: tuple[Mirror, ...] = ()
 
-    def match_length(self, reference: Reference) -> int:
-        """How many characters of the reference this table's prefix covers; 0 where it does not apply."""
+    def covers(self, reference: Reference) -> int:
+        """How many characters of the reference this table's prefix stands for; 0 where it does not apply."""
         text = str(reference)
         if self.prefix.startswith("*."):
             host = reference.registry.partition(":")[0]
-            return len(reference.registry) if host.endswith(self.prefix[1:]) else 0
+            return len(host) if host.endswith(self.prefix[1:]) else 0
         if text == self.prefix or (text.startswith(self.prefix) and text[len(self.prefix)] in "/:@"):
             return len(self.prefix)
         return 0
@@ -99,7 +99,7 @@ class RegistriesConf:
             return (Endpoint(reference.registry, reference.repository),)
         if registry.blocked:
             raise PermissionDenied(f"registry {registry.prefix} of image {reference} is blocked in registries.conf")
-        covered = registry.match_length(reference)
+        covered = registry.covers(reference)
         mirrors = [
             _rewritten(reference, covered, mirror.location, mirror.insecure)
             for mirror in registry.mirrors
@@ -108,8 +108,8 @@ class RegistriesConf:
         return (*mirrors, _rewritten(reference, covered, registry.location, registry.insecure))
 
     def _table(self, reference: Reference) -> Registry | None:
-        best = max(self.registries, key=lambda registry: registry.match_length(reference), default=None)
-        return best if best is not None and best.match_length(reference) else None
+        matching = (registry for registry in self.registries if registry.covers(reference))
+        return max(matching, key=lambda registry: len(registry.prefix), default=None)
 
 
 def _rewritten(reference: Reference, covered: int, location: str, insecure: bool) -> Endpoint:
@@ -194,7 +194,7 @@ def _merged(conf: RegistriesConf, table: "_Table") -> RegistriesConf:
     mode = table.text("short-name-mode") or conf.short_name_mode
     if mode not in ("enforcing", "permissive", "disabled"):
         raise table.wrong("short-name-mode", "enforcing, permissive or disabled")
-    search = table.texts("unqualified-search-registries") if table.has("unqualified-search-registries") else None
+    search = table.places("unqualified-search-registries") if table.has("unqualified-search-registries") else None
     by_prefix = {registry.prefix: registry for registry in conf.registries}
     for each in table.tables("registry"):
         registry = _registry(each)
@@ -221,8 +221,8 @@ def _merged_v1(conf: RegistriesConf, table: "_Table") -> RegistriesConf:
 
 
 def _registry(table: "_Table") -> Registry:
-    location = table.text("location").rstrip("/")
-    prefix = table.text("prefix").rstrip("/") or location
+    location = table.place("location")
+    prefix = table.place("prefix") or location
     if not prefix:
         raise table.wrong("location", "prefix or location, one of them not empty")
     if "*" in prefix and (not prefix.startswith("*.") or "*" in prefix[1:] or any(c in prefix for c in "/:@")):
@@ -240,7 +240,7 @@ def _registry(table: "_Table") -> Registry:
 
 
 def _mirror(table: "_Table", digest_only: bool) -> Mirror:
-    location = table.text("location").rstrip("/")
+    location = table.place("location")
     if not location:
         raise table.wrong("location", "host[:port][/path]")
     use = table.text("pull-from-mirror")
@@ -287,6 +287,18 @@ class _Table:
         if not isinstance(value, str):
             raise self.wrong(key, "a text")
         return value
+
+    def place(self, key: str) -> str:
+        """A text that names a registry, or a part of one, as host[:port][/path]."""
+        return self._place(key, self.text(key))
+
+    def places(self, key: str) -> tuple[str, ...]:
+        return tuple(self._place(key, value) for value in self.texts(key))
+
+    def _place(self, key: str, value: str) -> str:
+        if "://" in value:
+            raise self.wrong(key, "host[:port][/path] without a scheme")
+        return value.rstrip("/")
 
     def flag(self, key: str) -> bool:
         value = self._values.get(key, False)

@@ -101,6 +101,26 @@ def test_a_wildcard_covers_every_subdomain_and_may_leave_the_name_as_it_is(tmp_p
     assert found.endpoints(parse("example.com/x:1")) == (Endpoint("example.com", "x"),)
 
 
+def test_a_wildcard_leaves_the_port_where_it_is(tmp_path: Path) -> None:
+    found = conf(tmp_path, '[[registry]]\nprefix = "*.example.com"\nlocation = "mirror.io"')
+
+    assert endpoints(found, "a.example.com:5000/x:1") == ["mirror.io:5000/x"]
+
+
+def test_what_says_more_counts_more_than_a_wildcard_that_comes_first(tmp_path: Path) -> None:
+    found = conf(
+        tmp_path,
+        '[[registry]]\nprefix = "*.example.com"\n[[registry.mirror]]\nlocation = "mirror.io"',
+        '[[registry]]\nlocation = "bad.example.com"\nblocked = true\n'
+        '[[registry]]\nprefix = "*.corp.example.com"\nblocked = true',
+    )
+
+    assert endpoints(found, "good.example.com/x:1") == ["mirror.io/x", "good.example.com/x"]
+    for blocked in ("bad.example.com/x:1", "a.corp.example.com/x:1"):
+        with pytest.raises(PermissionDenied, match="is blocked"):
+            found.endpoints(parse(blocked))
+
+
 def test_a_blocked_registry_is_refused_by_name(tmp_path: Path) -> None:
     found = conf(tmp_path, '[[registry]]\nlocation = "bad.io"\nblocked = true')
 
@@ -191,6 +211,10 @@ def test_version_1_files_still_say_search_insecure_and_blocked(tmp_path: Path) -
         ('unqualified-search-registries = "a.io"', "expected a list of texts"),
         ('short-name-mode = "maybe"', "enforcing, permissive or disabled"),
         ('[[registry]]\nlocation = "a.io"\n[[registry.mirror]]\ninsecure = true', r"mirror\[0\].location"),
+        ('[[registry]]\nlocation = "https://a.io"', r"registry\[0\].location is 'https://a.io'; .* without a scheme"),
+        ('[[registry]]\nprefix = "http://a.io"\nlocation = "a.io"', "prefix .* without a scheme"),
+        ('[[registry]]\nlocation = "a.io"\n[[registry.mirror]]\nlocation = "http://b.io"', "without a scheme"),
+        ('unqualified-search-registries = ["https://a.io"]', "without a scheme"),
         ('[aliases]\nx = "y"', "full image name"),
         ('[aliases]\nx = "a.io/y:1"', "full image name"),
     ],
