@@ -26,7 +26,7 @@ from cri.image_service.layer_request import LayerRequests, WantedLayer
 from cri.image_service.layers import FsUsage, Layers, Totals
 from cri.image_service.limits import RegistryLimit, Slots
 from cri.image_service.manifest import host_platform, parse_platform
-from cri.image_service.progress import Progress
+from cri.image_service.progress import CANCELLED, Progress
 from cri.image_service.recovery import recover
 from cri.image_service.reference import Reference
 from cri.image_service.registries_conf import RegistriesFiles
@@ -119,8 +119,8 @@ class Images:
         files = PolicyFiles(settings.policy, settings.policy_dir, settings.registries_d)
         self._acceptance = Acceptance(files, self._workers, self._timeouts)
         self._changing = asyncio.Lock()  # held while database and memory take in one change of images or names
+        self._taking_auth = asyncio.Lock()  # who has taken a file begins the pull with it, before the next one looks
         self._pulls: Joined[_Pull, Image] = Joined()
-        self._cancelled: set[object] = set()  # pulls that were ended by `cancel`
         self._progress: dict[object, Progress] = {}  # by pull; of others by an object of their own
 
     # ---- life
@@ -243,38 +243,39 @@ class Images:
             parse_platform(platform)
         policy = await self._acceptance.policy_of(namespace)
         pull = _Pull(parsed, credentials, platform, namespace, policy)
-        progress = self._progress.setdefault(pull, Progress(str(parsed)))
+        async with self._taking_auth:  # also of one who joins: no file may lie there for a later pull
+            own = await self._sources.take_auth(namespace, parsed)
+        if not self._pulls.is_running(pull):
+            self._progress[pull] = Progress(str(parsed))
+        progress = self._progress[pull]
         if on_progress is not None:
             progress.listeners.append(on_progress)
         try:
-            return await self._pulls.run(pull, lambda: self._traced(pull, progress))
+            return await self._pulls.run(pull, lambda: self._traced(pull, own, progress))
         except asyncio.CancelledError as error:
-            if pull in self._cancelled and not _is_being_cancelled():
+            if progress.phase == CANCELLED and not _is_being_cancelled():
                 raise Unavailable(f"the pull of {parsed} was cancelled by the node's administrator") from error
             raise
         finally:
             if on_progress is not None:
                 progress.listeners.remove(on_progress)
+            if self._progress.get(pull) is progress and not self._pulls.is_running(pull):
+                del self._progress[pull]
 
-    async def _traced(self, pull: _Pull, progress: Progress) -> Image:
+    async def _traced(self, pull: _Pull, own: AuthFile | None, progress: Progress) -> Image:
         with trace.step("pull", {"container.image.name": str(pull.wanted)}):  # may outlast the request that began it
-            return await self._pull(pull, progress)
+            return await self._pull(pull, own, progress)
 
-    async def _pull(self, pull: _Pull, progress: Progress) -> Image:
-        self._cancelled.discard(pull)
-        try:
-            own = await self._sources.take_auth(pull.namespace, pull.wanted)
-            meanings = await self._sources.qualified(pull.wanted)
-            for at, meaning in enumerate(meanings):
-                try:
-                    return await self._pull_qualified(meaning, pull, own, progress)
-                except (NotFound, PermissionDenied, Unavailable) as error:
-                    if at == len(meanings) - 1:
-                        raise
-                    log.info("%s is not at %s: %s", pull.wanted, meaning.registry, error)
-            raise NotFound(f"image {pull.wanted} has no place to be asked for")
-        finally:
-            self._progress.pop(pull, None)
+    async def _pull(self, pull: _Pull, own: AuthFile | None, progress: Progress) -> Image:
+        meanings = await self._sources.qualified(pull.wanted)
+        for at, meaning in enumerate(meanings):
+            try:
+                return await self._pull_qualified(meaning, pull, own, progress)
+            except (NotFound, PermissionDenied, Unavailable) as error:
+                if at == len(meanings) - 1:
+                    raise
+                log.info("%s is not at %s: %s", pull.wanted, meaning.registry, error)
+        raise NotFound(f"image {pull.wanted} has no place to be asked for")
 
     async def _pull_qualified(self, wanted: Reference, pull: _Pull, own: AuthFile | None, progress: Progress) -> Image:
         asked = await self._acceptance.of_pull(wanted, pull.policy)
@@ -302,7 +303,7 @@ class Images:
         wanted = str(references.with_default_tag(references.parse(reference)))
         pulls = [pull for pull in self._progress if isinstance(pull, _Pull) and str(pull.wanted) == wanted]
         for pull in pulls:
-            self._cancelled.add(pull)
+            self._progress[pull].phase = CANCELLED
             await self._pulls.cancel(pull)
         return len(pulls)
 

@@ -18,7 +18,7 @@ class Joined(Generic[K, T]):
         A caller that is cancelled stops waiting; when none is left the work is cancelled, and its clean-up awaited.
         """
         task, waiting = self._running.get(key, (None, set()))
-        if task is None or task.cancelling():
+        if task is None or not self.is_running(key):
             task, waiting = asyncio.create_task(work()), set()
             self._running[key] = task, waiting
             task.add_done_callback(lambda done: self._forget(key, done))
@@ -33,6 +33,11 @@ class Joined(Generic[K, T]):
             raise
         finally:
             waiting.discard(me)
+
+    def is_running(self, key: K) -> bool:
+        """Whether a `run` of it now would join work that is under way, rather than start it."""
+        task, _ = self._running.get(key, (None, None))
+        return task is not None and not task.done() and not task.cancelling()
 
     async def cancel(self, key: K) -> None:
         """Ends the work for `key`, whoever waits for it, and awaits its clean-up."""

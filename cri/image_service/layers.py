@@ -28,7 +28,8 @@ from cri.image_service.stores import Stores
 from cri.image_service.tasks import Tasks
 from cri.image_service.workers import Workers
 from oci import trace
-from oci.errors import Error, Unavailable
+from oci.background import RETRY_S, with_last_repeated
+from oci.errors import Error
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class Layers:
         self._leaving: dict[str, asyncio.Task[None]] = {}
         self._partials: Counter[str] = Counter()  # names of the blobs that are being fetched
         self._later: asyncio.TimerHandle | None = None
+        self._closing = asyncio.Event()
         self.totals = Totals()
 
     def take(self, contents: Contents) -> None:
@@ -93,6 +95,7 @@ class Layers:
 
     async def close(self) -> None:
         """Ends what is under way, but for layers that are whole: they get some time to be on the disk."""
+        self._closing.set()
         if self._later is not None:
             self._later.cancel()
         await self._work.cancel_all()
@@ -363,8 +366,16 @@ class Layers:
 
     def _empty_trash(self, paths: Sequence[Path]) -> None:
         async def remove() -> None:
-            with contextlib.suppress(Unavailable):  # closing: the next start does it
-                await self._workers.call({"verb": "remove", "paths": [str(path) for path in paths]})
+            for pause_s in with_last_repeated(RETRY_S):
+                try:
+                    await self._workers.call({"verb": "remove", "paths": [str(path) for path in paths]})
+                    return
+                except (Error, OSError) as error:
+                    if self._closing.is_set():
+                        return  # the next start does it
+                    log.warning("layers are not removed yet, next try in %s s: %s", pause_s, error)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), pause_s)
 
         if paths:
             self._tasks.start(remove())

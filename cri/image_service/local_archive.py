@@ -5,7 +5,7 @@ Runs in worker processes. Source: OCI image-spec, image-layout.md; moby, image s
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -71,11 +71,11 @@ class LocalImage:
 class Members:
     """The files of a layout, in a directory or in a tar archive."""
 
-    def __init__(self, path: Path, scratch: Path) -> None:
+    def __init__(self, path: Path, scratch: Path, count: Callable[[int], None]) -> None:
         self.path = path
         self._found: dict[str, Extent] | None = None
         if not path.is_dir():
-            self._found = _tar_index(_plain(path, scratch))
+            self._found = _tar_index(_plain(path, scratch, count))
 
     def find(self, name: str) -> Extent | None:
         if self._found is not None:
@@ -108,14 +108,17 @@ class Members:
         return content
 
 
-def read(path: Path, scratch: Path, platform: Platform) -> list[LocalImage]:
+def read(
+    path: Path, scratch: Path, platform: Platform, count: Callable[[int], None] = lambda _: None
+) -> list[LocalImage]:
     """The images in `path` that run on `platform`. A compressed archive is first decompressed below `scratch`.
 
+    `count` is told how many bytes that makes, as they come.
     Raises NotFound where there is no such path, InvalidArgument where it holds no images in a known format.
     """
     if not path.exists():
         raise NotFound(f"there is no {path}")
-    members = Members(path, scratch)
+    members = Members(path, scratch, count)
     if members.find("index.json") is not None and members.find("oci-layout") is not None:
         return _oci_images(members, platform)
     if members.find("manifest.json") is not None:
@@ -188,7 +191,7 @@ def _docker_image(members: Members, entry: dict[str, Any]) -> LocalImage:
     return LocalImage(tuple(entry.get("RepoTags") or ()), b"", "", "", config, digest, layers)
 
 
-def _plain(path: Path, scratch: Path) -> Path:
+def _plain(path: Path, scratch: Path, count: Callable[[int], None]) -> Path:
     with path.open("rb") as file:
         start = file.read(6)
     if not start.startswith(_COMPRESSED):
@@ -196,7 +199,7 @@ def _plain(path: Path, scratch: Path) -> Path:
     plain = scratch / "archive.tar"
     with plain.open("wb") as file:
         for piece in decompressed(Extent(path, 0, path.stat().st_size).chunks()):
-            file.write(piece)
+            count(file.write(piece))
     return plain
 
 

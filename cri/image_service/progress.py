@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+CANCELLED = "cancelled"  # by the node's administrator
+
 
 class LayerPhase(StrEnum):
     QUEUED = "queued"
@@ -33,7 +35,7 @@ class Progress:
     """How far a pull or load is; counts bytes of all its layers together."""
 
     reference: str
-    phase: str = "resolving"  # resolving, fetching, done
+    phase: str = "resolving"  # resolving, fetching, done, or CANCELLED
     layers_total: int = 0
     layers_done: int = 0
     bytes_total: int = 0  # compressed, of the layers that are not there yet

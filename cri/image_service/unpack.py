@@ -376,12 +376,13 @@ def is_opaque(directory: Path) -> bool:
         return False
 
 
-def remove_tree(path: Path) -> Usage:
+def remove_tree(path: Path, usage: Usage | None = None) -> Usage:
     """Removes a tree of any depth that nobody else uses, and says what it held. A missing one is empty.
 
+    A `usage` that is given grows by that while the work goes on.
     Each directory is first moved up beside `path`: so no path grows long, and depth needs neither fds nor recursion.
     """
-    usage = Usage()
+    usage = usage or Usage()
     waiting = [path]
     moved = 0
     while waiting:

@@ -40,7 +40,7 @@ from cri.image_service.save import Layer, Wanted, Written, save
 from cri.image_service.save import remove as remove_unfinished
 from cri.image_service.snapshots import unpacked_path
 from cri.image_service.tar import Stream
-from cri.image_service.unpack import Unpacked, remove_tree, sync_filesystem, unpack
+from cri.image_service.unpack import Unpacked, Usage, remove_tree, sync_filesystem, unpack
 from oci.errors import Error, NotFound, PermissionDenied, Unavailable
 
 if TYPE_CHECKING:
@@ -321,7 +321,7 @@ def inspect(request: Request, progress: Progress) -> dict[str, Any]:
     scratch.mkdir(mode=0o700)
     path = Path(request["path"])
     subject = f"image in {path}"
-    images = read(path, scratch, parse_platform(request["platform"]))
+    images = read(path, scratch, parse_platform(request["platform"]), progress.count_unpacked)
     for image in images:
         _authorize((layer for _, layer in image.layers), request, subject)
     return {
@@ -405,8 +405,10 @@ class _Fetching:
 
 
 def remove(request: Request, progress: Progress) -> dict[str, Any]:
+    removed = Usage()
+    progress.measure = lambda: removed.inodes
     for path in request["paths"]:
-        remove_tree(Path(path))
+        remove_tree(Path(path), removed)
     return {}
 
 

@@ -180,7 +180,10 @@ def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     programs.mkdir()
     known.mkdir()
     program = programs / "docker-credential-fake"
-    program.write_text(f'#!/bin/sh\nread server\ncat "{known}/$(echo "$server" | tr / _)" 2>/dev/null\n')
+    program.write_text(
+        f'#!/bin/sh\nread server\ncat "{known}/$(echo "$server" | tr / _)" 2>/dev/null && exit\n'
+        "echo credentials not found in native keychain\nexit 1\n"
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
     return known
@@ -302,6 +305,25 @@ def test_pulls_at_once_of_two_namespaces_use_their_own_credentials_and_fetch_a_l
     assert first.id == joined.id == APP.id
     assert isinstance(other, PermissionDenied)
     assert registry.asked[f"/v2/team/app/blobs/{layers.digest(APP.layers[0])}"] == 1
+
+
+def test_the_file_of_a_pull_that_joins_another_is_gone_too(tmp_path: Path, registry: FakeRegistry) -> None:
+    files = tmp_path / "auth"
+    where = settings(tmp_path, registry, namespaced_auth_dir=files)
+    registry.trouble["manifests/"] = after(1, wants(basic("team-a:a"), 'Basic realm="r"'))
+
+    async def story(images: Images) -> None:
+        namespaced(files, "team-a", "team-a:a", registry.address)
+        first = asyncio.create_task(images.pull(f"{NAME}:1", namespace="team-a"))
+        await asyncio.sleep(0.3)
+        namespaced(files, "team-a", "team-a:a", registry.address)
+        second = asyncio.create_task(images.pull(f"{NAME}:1", namespace="team-a"))
+        assert (await first).id == (await second).id == APP.id
+
+    run(where, story)
+
+    assert [path.name for path in files.iterdir()] == ["in-use"]
+    assert list((files / "in-use").iterdir()) == []
 
 
 @pytest.mark.parametrize("namespace", ["../other", "a/b", "", "UPPER", ".."])

@@ -1,18 +1,23 @@
 """Pulls can be watched, bounded and ended, images pinned at run time, and the daemon's loop never waits for them."""
 
 import asyncio
+import contextlib
 import gc
+import io
 import os
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cri.image_service import worker
 from cri.image_service.images import Images
 from cri.image_service.limits import RegistryLimit
 from cri.image_service.progress import LayerPhase, Progress
-from oci.errors import Unavailable
+from oci.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from tests.fakes import layers
 from tests.fakes.image_store import run, settings
 from tests.fakes.layers import directory, file, tar
@@ -82,6 +87,92 @@ def test_a_pull_can_be_ended_by_its_name_whoever_waits_for_it(tmp_path: Path, re
         assert (await images.pull(f"{NAME}:1")).id == built.id
 
     run(settings(tmp_path, registry), story)
+
+
+def test_a_pull_that_is_asked_for_again_while_it_is_cancelled_is_a_new_one_that_shows(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    built = registry.add("team/app", "1", three_layers())
+    registry.trouble[layers.digest(built.layers[1])] = after(1)
+
+    async def story(images: Images) -> None:
+        first = asyncio.create_task(images.pull(f"{NAME}:1"))
+        await until(lambda: any(each.layers for each in images.pulls()))
+        cancelling = asyncio.create_task(images.cancel(f"{NAME}:1"))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(images.pull(f"{NAME}:1"))
+        with pytest.raises(Unavailable, match="was cancelled"):
+            await first
+        await cancelling
+        assert [each.reference for each in images.pulls()] == [f"{NAME}:1"]
+        assert images.pulls()[0].bytes_fetched <= images.pulls()[0].bytes_total
+        assert (await second).id == built.id
+        assert images.pulls() == ()
+
+    run(settings(tmp_path, registry), story)
+
+
+def test_a_pull_whose_caller_is_gone_before_it_begins_shows_nowhere(tmp_path: Path, registry: FakeRegistry) -> None:
+    registry.add("team/app", "1", three_layers())
+
+    async def story(images: Images) -> None:
+        for steps in range(12):
+            pull = asyncio.create_task(images.pull(f"{NAME}:1"))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            pull.cancel()
+            await asyncio.wait([pull])
+            assert images.pulls() == ()
+
+    run(settings(tmp_path, registry), story)
+
+
+def test_unpacking_an_archive_and_removing_layers_are_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_TICK_S", 0.001)
+    archive = tmp_path / "app.tar.gz"
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar_file:
+        noise = tarfile.TarInfo("noise")
+        noise.size = 8 << 20
+        tar_file.addfile(noise, io.BytesIO(os.urandom(noise.size)))
+    (tmp_path / "gone").mkdir()
+    for at in range(3000):
+        (tmp_path / "gone" / str(at)).touch()
+
+    def told(verb: Callable[[worker.Request, worker.Progress], Any], request: worker.Request) -> int:
+        lines: list[dict[str, Any]] = []
+        progress = worker.Progress(lines.append)
+        with contextlib.suppress(InvalidArgument):  # the archive holds no image
+            verb(request, progress)
+        progress.stop()
+        return len(lines)
+
+    where = {"path": str(archive), "scratch": str(tmp_path / "scratch"), "platform": "linux/amd64"}
+    assert told(worker.inspect, where) > 3
+    assert told(worker.remove, {"paths": [str(tmp_path / "gone")]}) > 3
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_removal_that_failed_is_tried_again(
+    tmp_path: Path, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry.add("team/app", "1", three_layers())
+    failures = [DeadlineExceeded("no progress"), Unavailable("the worker died")]
+
+    async def story(images: Images) -> None:
+        call = images._workers.call
+
+        async def failing(request: dict[str, Any], *arguments: Any) -> dict[str, Any]:
+            if request["verb"] == "remove" and failures:
+                raise failures.pop()
+            return await call(request, *arguments)
+
+        monkeypatch.setattr(images._workers, "call", failing)
+        await images.pull(f"{NAME}:1")
+        await images.remove(f"{NAME}:1")
+        await until(lambda: not any((tmp_path / "images/trash").iterdir()) and not failures)
+
+    run(settings(tmp_path, registry), story)
+    assert caplog.text.count("not removed yet") == 2
 
 
 def test_pins_made_at_run_time_survive_a_restart_and_go_with_the_image(tmp_path: Path, registry: FakeRegistry) -> None:
