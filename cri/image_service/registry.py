@@ -452,8 +452,14 @@ def _through(proxy: str, context: ssl.SSLContext | None) -> urllib3.ProxyManager
 
 
 def proxy_for(scheme: str, host: str, address: str) -> str | None:
-    """The proxy from HTTP_PROXY, HTTPS_PROXY and NO_PROXY; loopback is never proxied, as in Go programs."""
+    """The proxy from HTTP_PROXY, HTTPS_PROXY and NO_PROXY; loopback is never proxied, as in Go programs.
+
+    Source: golang.org/x/net, http/httpproxy, "Config.NoProxy": *.domain is .domain.
+    """
     proxies: dict[str, str] = getproxies_environment()
+    if "no" in proxies:
+        entries = (entry.strip() for entry in proxies["no"].split(","))
+        proxies["no"] = ",".join(entry[1:] if entry.startswith("*.") else entry for entry in entries)
     if host == "localhost" or _is_loopback(host) or _is_in_network(host, proxies.get("no", "")):
         return None
     return None if proxy_bypass_environment(address.rpartition("@")[2], proxies) else proxies.get(scheme)

@@ -114,6 +114,9 @@ def test_plain_http_is_asked_of_the_proxy_which_may_be_named_without_a_scheme(
     [
         ("registry.test", "registry.test:81", True),
         (".test,other", "registry.test:81", True),
+        ("other, *.test", "registry.test:81", True),
+        ("*.registry.test", "other.test:81", False),
+        ("*.test:81", "registry.test:81", True),
         ("other.test", "registry.test:81", False),
         ("*", "registry.test", True),
         ("registry.test:81", "registry.test:81", True),
