@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlencode, urljoin, urlsplit
+from urllib.parse import SplitResult, unquote, urlencode, urljoin, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
 import urllib3
@@ -228,9 +228,9 @@ class Registry:
         raise self._unavailable(path, "no scheme to try")
 
     def _follow(self, url: str, headers: dict[str, str], authorization: str | None) -> BaseHTTPResponse:
-        origin = urlsplit(url)
+        origin = self._split(url)
         for _ in range(_REDIRECT_LIMIT + 1):
-            parts = urlsplit(url)
+            parts = self._split(url)
             if authorization and (parts.scheme, parts.netloc) == (origin.scheme, origin.netloc):
                 headers["Authorization"] = authorization
             else:
@@ -240,8 +240,11 @@ class Registry:
                 return response
             location = response.headers.get("Location", "")
             response.close()
-            url = urljoin(url, location)
-            scheme = urlsplit(url).scheme
+            try:
+                url = urljoin(url, location)
+                scheme = urlsplit(url).scheme
+            except ValueError as error:
+                raise self._no_url(location) from error
             if scheme not in ("https", "http") or (scheme == "http" and not self._source.insecure):
                 raise Error(f"GET {_redacted(origin.geturl())}: redirected to {_redacted(url)}, which is not https")
         raise Error(f"GET {_redacted(origin.geturl())}: more than {_REDIRECT_LIMIT} redirects")
@@ -267,7 +270,7 @@ class Registry:
                 if last:
                     raise  # once more, because a kept connection may have been closed meanwhile
             except (LocationParseError, URLSchemeUnknown) as error:
-                raise Error(f"{method} {_redacted(url)}: not a URL") from error
+                raise self._no_url(url) from error
         raise AssertionError("unreachable")
 
     # ---- authentication
@@ -292,7 +295,7 @@ class Registry:
 
     def _token(self, challenge: Mapping[str, str], known: Mapping[str, str]) -> str:
         realm = challenge.get("realm", "")
-        scheme = urlsplit(realm).scheme
+        scheme = self._split(realm).scheme
         if scheme not in ("https", "http") or (scheme == "http" and not self._source.insecure):
             raise PermissionDenied(f"registry {self._source.host} sends for a token to {_redacted(realm)!r}, not https")
         scope = challenge.get("scope") or f"repository:{self._source.repository}:pull"
@@ -366,6 +369,17 @@ class Registry:
         scheme = self._session.schemes.get(self._source.address, "https")
         return f"{scheme}://{self._source.address}{path}"
 
+    def _split(self, url: str) -> SplitResult:
+        """Raises Unavailable where it is no URL: a server said it, and another source may know better."""
+        try:
+            return urlsplit(url)
+        except ValueError as error:
+            raise self._no_url(url) from error
+
+    def _no_url(self, text: str) -> Unavailable:
+        asked = f"{self._source.host}/{self._source.repository}"
+        return Unavailable(f"RegistryUnavailable: {asked} sends to {_redacted(text)!r}, which is no URL")
+
     def _unavailable(self, path: str, reason: str) -> Unavailable:
         return Unavailable(f"RegistryUnavailable: GET {self._url(path)}: {reason}")
 
@@ -406,7 +420,7 @@ def _retry_wait(response: BaseHTTPResponse, attempt: int) -> float | None:
     if response.status not in (429, 500, 502, 503, 504):
         return None
     after = response.headers.get("Retry-After", "")
-    if after.isdigit():
+    if after.isdecimal():  # isdigit would take "²", too
         return float(after) if float(after) <= _RETRY_AFTER_LIMIT_S else None
     return 0.3 * float(2**attempt)
 
@@ -436,7 +450,11 @@ def _basic(known: Mapping[str, str]) -> str:
 
 def _redacted(url: str) -> str:
     """`url` without user, query and fragment: signed URLs and tokens are secrets."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # "http://[x/"
+        scheme, separator, rest = re.split(r"[?#]", url, maxsplit=1)[0].rpartition("://")
+        return f"{scheme}{separator}{rest.rpartition('@')[2]}"[:200]
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" + ("?…" if parts.query else "")
 
 

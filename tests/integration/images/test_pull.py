@@ -380,6 +380,10 @@ def test_an_unreachable_registry_is_unavailable_in_the_cris_words(tmp_path: Path
         (status(200, body=bytes(5 << 20)), Error, "longer than 4194304 bytes"),
         (status(302, {"Location": "/v2/team/app/manifests/1"}), Error, "more than 5 redirects"),
         (status(302, {"Location": "file:///etc/passwd"}), Error, "which is not https"),
+        (status(302, {"Location": "http://u:hidden@[x/?hidden"}), Unavailable, r"app sends to 'http://\[x/', which"),
+        (status(302, {"Location": "http://x:99999/"}), Unavailable, "app sends to 'http://x:99999/', which is no URL"),
+        (status(401, {"WWW-Authenticate": 'Bearer realm="http://[x/"'}), Unavailable, r"sends to 'http://\[x/', which"),
+        (status(503, {"Retry-After": "\xb2"}), Unavailable, "status 503"),
         (status(200, {"Docker-Content-Digest": "sha256:" + "0" * 64}, b"{}"), Error, "has the digest sha256:"),
     ],
 )  # fmt: skip
@@ -566,17 +570,34 @@ def test_mirrors_are_tried_in_order_and_the_name_stays_the_users(tmp_path: Path,
     assert image.repo_digests == (f"user.test/app@{built.digest}",)
 
 
+def mirrored(registry: FakeRegistry, mirror: FakeRegistry) -> str:
+    """registries.conf, by which user.test is `registry` with a mirror that is asked first."""
+    return (
+        f'[[registry]]\nprefix = "user.test"\nlocation = "{registry.address}/hub"\ninsecure = true\n'
+        f'[[registry.mirror]]\nlocation = "{mirror.address}/hub"\ninsecure = true\n'
+    )
+
+
+def test_a_mirror_that_sends_to_what_is_no_url_is_passed_over_for_the_next(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    with FakeRegistry() as mirror:
+        built = registry.add("hub/app", "1", app())
+        mirror.add("hub/app", "1", built)
+        mirror.trouble[layers.digest(built.layers[1])] = status(302, {"Location": "http://[x/"})
+
+        assert pull(settings(tmp_path, extra=mirrored(registry, mirror)), "user.test/app:1").id == built.id
+
+    assert registry.asked[f"/v2/hub/app/blobs/{layers.digest(built.layers[1])}"] == 1
+
+
 def test_a_mirror_whose_layer_is_wrong_is_passed_over_for_the_next(tmp_path: Path, registry: FakeRegistry) -> None:
     with FakeRegistry() as mirror:
         built = registry.add("hub/app", "1", app())
         mirror.add("hub/app", "1", built)
         mirror.blobs[layers.digest(built.layers[0])] = bytes(len(built.layers[0]))
-        conf = (
-            f'[[registry]]\nprefix = "user.test"\nlocation = "{registry.address}/hub"\ninsecure = true\n'
-            f'[[registry.mirror]]\nlocation = "{mirror.address}/hub"\ninsecure = true\n'
-        )
 
-        assert pull(settings(tmp_path, registry, conf), "user.test/app:1").id == built.id
+        assert pull(settings(tmp_path, extra=mirrored(registry, mirror)), "user.test/app:1").id == built.id
 
     assert registry.asked[f"/v2/hub/app/blobs/{layers.digest(built.layers[0])}"] == 1
     assert registry.asked[f"/v2/hub/app/blobs/{layers.digest(built.layers[1])}"] == 0
