@@ -67,18 +67,25 @@ def unpack(stream: Stream, directory: Path) -> Unpacked:
     with FileList(directory) as files, _Tree(directory, files) as tree:
         archive = Archive(stream)
         for entry in archive:
-            try:
+            with _told(entry):
                 tree.add(entry, archive.data())
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE):
-                    raise
-                raise Error(f"cannot unpack {entry}: {error.strerror}") from error
-            except ValueError as error:  # a NUL byte in a name
-                raise Error(f"cannot unpack {entry}: {error}") from error
         stream.drain()
         tree.finish()
     remove_tree(directory / "trash")
     return Unpacked(tree.usage.size_bytes, tree.usage.inodes, tree.implied())
+
+
+@contextmanager
+def _told(subject: object) -> Iterator[None]:
+    """What the kernel refuses of `subject` is the archive's fault, unless the node lacks something."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE):
+            raise
+        raise Error(f"cannot unpack {subject}: {error.strerror}") from error
+    except (ValueError, OverflowError) as error:  # a NUL byte in a name; a number that the kernel has no room for
+        raise Error(f"cannot unpack {subject}: {error}") from error
 
 
 _NEW_DIRECTORY = _Attributes(0o755, 0, 0, 0)
@@ -140,7 +147,8 @@ class _Tree:
         for path, attributes in self._directories.items():
             fd = openat2(self._root.fd, path or b".", _DIRECTORY_FLAGS | os.O_NOFOLLOW)
             try:
-                _set_attributes(fd, attributes or _NEW_DIRECTORY, 0o755)
+                with _told(f"{Kind.DIRECTORY.value} {path.decode(errors='backslashreplace')!r}"):
+                    _set_attributes(fd, attributes or _NEW_DIRECTORY, 0o755)
             finally:
                 os.close(fd)
 

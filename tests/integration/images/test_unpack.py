@@ -6,6 +6,7 @@ import stat
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -357,6 +358,22 @@ def test_a_tree_deeper_than_a_path_can_be_long_is_refused_and_what_there_is_can_
 def test_a_name_with_a_nul_byte_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(Error, match="cannot unpack"):
         unpacked(tmp_path, [file("f", pax_headers={"path": "a\0b"})])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pax_headers": {"uid": str(1 << 32)}},
+        {"pax_headers": {"gid": "9" * 20}},
+        {"pax_headers": {"mtime": "9" * 20}},
+        {"pax_headers": {"mtime": "-" + "9" * 20}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("make", [file, directory, lambda name, **fields: symlink(name, "x", **fields)])
+def test_numbers_that_the_kernel_has_no_room_for_are_errors(tmp_path: Path, make: Any, fields: dict[str, Any]) -> None:
+    with pytest.raises(Error, match=r"cannot unpack .* 'odd': "):
+        unpacked(tmp_path, [make("odd", **fields)])
 
 
 def test_the_root_cannot_be_replaced(tmp_path: Path) -> None:
