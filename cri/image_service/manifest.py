@@ -29,6 +29,7 @@ _VAGUE_CONFIG_TYPES = ("", "application/octet-stream")  # as old Docker registri
 _LAYER_TYPES = ("application/vnd.oci.image.layer.", "application/vnd.docker.image.rootfs.")
 _EMPTY = "application/vnd.oci.empty.v1+json"
 _ENCRYPTED = "+encrypted"
+_ARM_VARIANT = re.compile(r"(v?[0-9]{1,2})?")
 _ANY_PLATFORM = 100  # a rank behind those of all variants
 
 
@@ -110,11 +111,14 @@ def image_id(manifest: Manifest, text: bytes) -> str:
 
 
 def parse_platform(text: str) -> Platform:
-    """The platform that "os/architecture[/variant]" spells."""
+    """The platform that "os/architecture[/variant]" spells. Raises InvalidArgument."""
     parts = text.split("/")
     if len(parts) not in (2, 3) or not all(parts):
         raise InvalidArgument(f"invalid platform {text!r}; expected os/architecture[/variant]")
-    return Platform(*parts)
+    platform = Platform(*parts)
+    if platform.architecture == "arm" and not _ARM_VARIANT.fullmatch(platform.variant):
+        raise InvalidArgument(f"invalid platform {text!r}; expected a variant of arm such as v7")
+    return platform
 
 
 def host_platform() -> Platform:

@@ -168,7 +168,9 @@ def test_annotations_that_are_no_texts_are_passed_over() -> None:
 
 def test_a_platform_is_two_or_three_words() -> None:
     assert str(parse_platform("linux/arm/v7")) == "linux/arm/v7"
-    for wrong in ("linux", "linux/", "a/b/c/d", ""):
+    assert str(parse_platform("linux/arm")) == "linux/arm"
+    assert str(parse_platform("linux/other/foo")) == "linux/other/foo"
+    for wrong in ("linux", "linux/", "a/b/c/d", "", "linux/arm/foo", "linux/arm/v999999999"):
         with pytest.raises(InvalidArgument, match="invalid platform"):
             parse_platform(wrong)
 
