@@ -11,6 +11,7 @@ import re
 import ssl
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,15 @@ _REDIRECT_LIMIT = 5
 _TOKEN_LIMIT_BYTES = 1 << 20
 _ERROR_LIMIT_BYTES = 4096
 _TRIES = 2  # besides the first, of a request that a busy or failing server refuses
-_RESUMES = 5  # of one blob, without a byte gained in between
+_RESUMES = 5  # of one blob, without _GAIN_BYTES gained in between
+_GAIN_BYTES = 1 << 16
 _RETRY_AFTER_LIMIT_S = 20.0
 _DOCUMENT_DEADLINE_S = 60.0
+_ERROR_DEADLINE_S = 5.0
+_HAND_ON_S = 0.1
 _STALL_WINDOW_S = 60.0
 _STALL_BYTES_PER_S = 1024
+_STALLS = 2  # of one blob, then its source is given up
 _HUB_HOST = "registry-1.docker.io"
 
 
@@ -122,9 +127,8 @@ class Registry:
         Raises Error where the registry sends more or fewer. The digest is for the caller to verify.
         """
         path = f"/v2/{self._source.repository}/blobs/{digest}"
-        done, failures = start, 0
+        done, gained, failures, stalls = start, start, 0, 0
         while done < size_bytes:
-            before = done
             try:
                 for chunk in self._range(path, done, size_bytes):
                     done += len(chunk)
@@ -132,8 +136,11 @@ class Registry:
                 if done < size_bytes:
                     raise Error(f"blob {digest} from {self._source.host} ends after {done} of {size_bytes} bytes")
             except (HTTPError, OSError, _Stalled) as error:
-                failures = 1 if done > before else failures + 1
-                if failures > _RESUMES:
+                if done - gained >= _GAIN_BYTES:
+                    gained, failures = done, 0
+                failures += 1
+                stalls += isinstance(error, _Stalled)
+                if failures > _RESUMES or stalls >= _STALLS:
                     raise self._unavailable(path, f"{_reason(error)} at byte {done} of {size_bytes}") from error
                 time.sleep(0.1 * 2**failures)
 
@@ -158,9 +165,8 @@ class Registry:
         try:
             skip = 0 if response.status == 206 else start
             left = size_bytes - start
-            pace = _Pace()
-            while chunk := response.read(_CHUNK_BYTES, decode_content=False):
-                pace.count(len(chunk))
+            for whole in _arriving(response):
+                chunk = whole
                 if skip:
                     dropped = min(skip, len(chunk))
                     chunk, skip = chunk[dropped:], skip - dropped
@@ -178,7 +184,7 @@ class Registry:
         deadline = time.monotonic() + _DOCUMENT_DEADLINE_S
         parts, size = [], 0
         try:
-            while part := response.read(1 << 16, decode_content=False):
+            while part := _arrived(response, 1 << 16):
                 parts.append(part)
                 size += len(part)
                 if size > limit:
@@ -394,25 +400,59 @@ class Registry:
         return Error(seen)
 
 
+def _arrived(response: BaseHTTPResponse, limit: int) -> bytes:
+    """What has come of the body, at most `limit` bytes; waits where that is nothing, and is empty at the end."""
+    left = response.length_remaining
+    return response.read1(min(limit, left or limit), decode_content=False)
+
+
+def _arriving(response: BaseHTTPResponse) -> Iterator[bytes]:
+    """The body in chunks: large ones while it comes fast, otherwise what there is when more comes.
+
+    Raises _Stalled where it comes too slowly. What came before an error is given out first.
+    """
+    pace, parts, size, since = _Pace(), list[bytes](), 0, time.monotonic()
+    try:
+        while part := _arrived(response, _CHUNK_BYTES - size):
+            parts.append(part)
+            size += len(part)
+            now = time.monotonic()
+            pace.count(len(part), now)
+            if size == _CHUNK_BYTES or now - since >= _HAND_ON_S:
+                with pace.paused():
+                    yield b"".join(parts)
+                parts, size, since = [], 0, time.monotonic()
+    except (HTTPError, OSError, _Stalled):
+        yield b"".join(parts)
+        raise
+    yield b"".join(parts)
+
+
 class _Stalled(Exception):
     pass
 
 
 class _Pace:
-    """Notices a sender so slow that it holds us up for ever while never timing out."""
+    """Notices a sender so slow that it holds us up for ever while never timing out; our own pauses do not count."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
         self._bytes = 0
 
-    def count(self, size: int) -> None:
+    def count(self, size: int, now: float) -> None:
         self._bytes += size
-        elapsed = time.monotonic() - self._since
+        elapsed = now - self._since
         if elapsed < _STALL_WINDOW_S:
             return
         if self._bytes < _STALL_BYTES_PER_S * elapsed:
             raise _Stalled(f"only {self._bytes} bytes came in {elapsed:.0f} s")
-        self._since, self._bytes = time.monotonic(), 0
+        self._since, self._bytes = now, 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._since += time.monotonic() - began
 
 
 def _retry_wait(response: BaseHTTPResponse, attempt: int) -> float | None:
@@ -427,8 +467,13 @@ def _retry_wait(response: BaseHTTPResponse, attempt: int) -> float | None:
 
 def _error_text(response: BaseHTTPResponse) -> str:
     """The codes and messages of an error answer, short and in one line. Closes the response."""
+    deadline = time.monotonic() + _ERROR_DEADLINE_S
+    content = b""
     try:
-        content = response.read(_ERROR_LIMIT_BYTES, decode_content=False)
+        while len(content) < _ERROR_LIMIT_BYTES and time.monotonic() < deadline:
+            if not (part := _arrived(response, _ERROR_LIMIT_BYTES - len(content))):
+                break
+            content += part
         errors = json.loads(content)["errors"]
         texts = [f"{each.get('code', '')} {each.get('message', '')}".strip() for each in errors]
         return re.sub(r"[^\x20-\x7e]+", " ", "; ".join(texts))[:300]

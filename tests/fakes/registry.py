@@ -1,5 +1,6 @@
 """A registry on loopback that serves what it is given, counts what it is asked, and misbehaves where told to."""
 
+import contextlib
 import json
 import re
 import ssl
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tests.fakes.layers import Built, digest
 
@@ -157,6 +159,39 @@ def cut_after(size: int) -> Answer:
         handler.connection.close()
 
     return answer
+
+
+def drip(size: int, every_s: float, first: int = 0) -> Answer:
+    """Promises what is asked for, sends `first` bytes of it at once, and then `size` more every now and then."""
+
+    def answer(handler: Handler) -> None:
+        handler.wfile = _Dripping(handler.wfile, first, size, every_s)  # type: ignore[assignment]
+        handler.answer()
+
+    return answer
+
+
+class _Dripping:
+    """A connection on which the body comes slowly; the header is written at once."""
+
+    def __init__(self, file: Any, first: int, size: int, every_s: float) -> None:
+        self._file, self._first, self._size, self._every_s = file, first, size, every_s
+        self._is_body = False
+
+    def write(self, content: bytes) -> None:
+        if not self._is_body:
+            self._file.write(content)
+            self._is_body = True
+            return
+        self._file.write(content[: self._first])
+        with contextlib.suppress(OSError):  # who asked has enough
+            for at in range(self._first, len(content), self._size):
+                time.sleep(self._every_s)
+                self._file.write(content[at : at + self._size])
+                self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def token_server(answers: dict[str, str]) -> Answer:
