@@ -124,24 +124,31 @@ class Registry:
     def blob(self, digest: str, size_bytes: int, start: int = 0) -> Iterator[bytes]:
         """The bytes of a blob from `start` to `size_bytes`; after a broken connection it goes on where it was.
 
+        A registry that has answered once may be gone for some seconds, as one is that restarts.
         Raises Error where the registry sends more or fewer. The digest is for the caller to verify.
         """
         path = f"/v2/{self._source.repository}/blobs/{digest}"
         done, gained, failures, stalls = start, start, 0, 0
+        # Outside of the loop: who does not answer at first is not waited for, as another source may.
+        response = self._get_from(path, done) if done < size_bytes else None
         while done < size_bytes:
             try:
-                for chunk in self._range(path, done, size_bytes):
+                if response is None:
+                    response = self._get_from(path, done)
+                for chunk in self._rest(response, path, done, size_bytes):
                     done += len(chunk)
                     yield chunk
                 if done < size_bytes:
                     raise Error(f"blob {digest} from {self._source.host} ends after {done} of {size_bytes} bytes")
-            except (HTTPError, OSError, _Stalled) as error:
+            except (HTTPError, OSError, _Stalled, Unavailable) as error:
+                response = None
                 if done - gained >= _GAIN_BYTES:
                     gained, failures = done, 0
                 failures += 1
                 stalls += isinstance(error, _Stalled)
                 if failures > _RESUMES or stalls >= _STALLS:
-                    raise self._unavailable(path, f"{_reason(error)} at byte {done} of {size_bytes}") from error
+                    told = error if isinstance(error, Unavailable) else self._unavailable(path, _reason(error))
+                    raise Unavailable(f"{told} at byte {done} of {size_bytes}") from error
                 time.sleep(0.1 * 2**failures)
 
     def outside(self, url: str, limit_bytes: int) -> bytes | None:
@@ -160,8 +167,10 @@ class Registry:
             raise self._refused(response.status, url, _error_text(response))
         return self._bounded(response, limit_bytes, url)
 
-    def _range(self, path: str, start: int, size_bytes: int) -> Iterator[bytes]:
-        response = self._get(path, {"Range": f"bytes={start}-"} if start else {})
+    def _get_from(self, path: str, start: int) -> BaseHTTPResponse:
+        return self._get(path, {"Range": f"bytes={start}-"} if start else {})
+
+    def _rest(self, response: BaseHTTPResponse, path: str, start: int, size_bytes: int) -> Iterator[bytes]:
         try:
             skip = 0 if response.status == 206 else start
             left = size_bytes - start

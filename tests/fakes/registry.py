@@ -31,6 +31,7 @@ class FakeRegistry:
     certificate: Path | None = None
     key: Path | None = None
     client_authority: Path | None = None  # who must have signed the callers' certificates; None: nobody
+    port: int = 0  # any
 
     def add(self, repository: str, tag: str, built: Built) -> Built:
         self.blobs.update(built.blobs)
@@ -53,7 +54,7 @@ class FakeRegistry:
         class Bound(Handler):
             served = registry
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Bound)
+        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Bound)
         self._server.daemon_threads = True
         if self.certificate is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -139,6 +140,17 @@ def times(count: int, answer: Answer) -> Answer:
     def done(handler: Handler) -> None:
         left[0] -= 1
         answer(handler) if left[0] >= 0 else handler.answer()
+
+    return done
+
+
+def in_turn(*answers: Answer) -> Answer:
+    """Does one of `answers` for each request, then answers honestly."""
+    left = list(answers)
+
+    def done(handler: Handler) -> None:
+        answer = left.pop(0) if left else Handler.answer
+        answer(handler)
 
     return done
 

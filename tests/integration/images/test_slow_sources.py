@@ -1,6 +1,8 @@
 """A source that hardly sends, or not for long, is asked again or passed over; what has come of a blob is kept."""
 
+import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from cri.image_service.snapshots import LayerDirectory
 from oci.errors import NotFound, Unavailable
 from tests.fakes import layers
 from tests.fakes.layers import file, tar
-from tests.fakes.registry import Answer, FakeRegistry, Handler, drip, status, times
+from tests.fakes.registry import Answer, FakeRegistry, Handler, cut_after, drip, in_turn, status, times
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="layers hold owners")
 
@@ -157,3 +159,50 @@ def test_the_text_of_an_error_is_not_waited_for_for_long(registry: FakeRegistry)
     with pytest.raises(NotFound):
         client_of(registry).manifest("1")
     assert time.monotonic() - began < 5
+
+
+# ---- a registry that restarts
+
+
+def test_a_registry_that_is_gone_for_a_moment_amid_a_blob_is_waited_for() -> None:
+    with FakeRegistry({DIGEST: BLOB}, trouble={DIGEST: cut_after(200_000)}) as registry:
+        blob = client_of(registry).blob(DIGEST, len(BLOB))
+        taken = [next(blob)]
+    again = FakeRegistry({DIGEST: BLOB}, port=int(registry.address.rpartition(":")[2]))
+    with contextlib.ExitStack() as stack:
+        starting = threading.Timer(0.5, lambda: stack.enter_context(again))
+        starting.start()
+        taken += blob
+        starting.join()
+
+    assert b"".join(taken) == BLOB
+    assert ranges(again) == ["bytes=200000-"]
+
+
+def test_a_registry_that_refuses_for_a_moment_amid_a_blob_is_waited_for(registry: FakeRegistry) -> None:
+    registry.trouble[DIGEST] = in_turn(cut_after(200_000), *[status(503, {"Retry-After": "0"})] * 5)
+
+    assert b"".join(client_of(registry).blob(DIGEST, len(BLOB))) == BLOB
+
+
+def test_a_registry_that_is_gone_for_good_amid_a_blob_is_given_up_at_the_byte_it_had_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client, "_RESUMES", 2)
+    with FakeRegistry({DIGEST: BLOB}, trouble={DIGEST: cut_after(200_000)}) as mirror:
+        blob = client_of(mirror).blob(DIGEST, len(BLOB))
+        taken = [next(blob)]
+
+    with pytest.raises(Unavailable, match=rf"^RegistryUnavailable: .*refused at byte 200000 of {len(BLOB)}$"):
+        taken += blob
+    assert b"".join(taken) == BLOB[:200_000]
+
+
+def test_a_registry_that_does_not_answer_at_first_is_not_waited_for() -> None:
+    with FakeRegistry() as registry:
+        pass
+    began = time.monotonic()
+
+    with pytest.raises(Unavailable, match=r"Connection refused$"):
+        next(client_of(registry).blob(DIGEST, len(BLOB)))
+    assert time.monotonic() - began < 0.5
