@@ -26,6 +26,11 @@ class Digest:
             yield chunk
         self.is_whole = True
 
+    @property
+    def is_wrong(self) -> bool:
+        """Whether all bytes have come, and are not those that were expected."""
+        return self.is_whole and self._expected not in ("", str(self))
+
     def check(self, subject: str) -> None:
         """Raises Error where another digest was expected."""
         if self._expected not in ("", str(self)):

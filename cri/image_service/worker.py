@@ -210,13 +210,13 @@ def layer(request: Request, progress: Progress) -> dict[str, Any]:
     if "extent" in request:
         where = request["extent"]
         extent = Extent(Path(where["path"]), where["offset"], where["size_bytes"])
-        return _unpacked(request, extent.chunks(), progress)
+        return _unpacked(request, extent.chunks(), Digest(request["digest"]), progress)
     session = _session(request)
     failed: list[str] = []
     for at, source in enumerate(request["sources"]):
         registry = _registry(source, session, request)
         try:
-            return _unpacked(request, _blob(registry, request), progress)
+            return _layer_of(registry, request, progress)
         except Error as error:
             if at == len(request["sources"]) - 1:
                 raise type(error)(_with_earlier(error, failed)) from error
@@ -227,13 +227,34 @@ def layer(request: Request, progress: Progress) -> dict[str, Any]:
     raise NotFound(f"layer {request['digest']} has no place to be asked for")
 
 
+def _layer_of(registry: "Registry", request: Request, progress: Progress) -> dict[str, Any]:
+    """The layer from one source, which is blamed for no other bytes than its own: with what another one sent, or an
+    earlier try left, a wrong digest says nothing about it. Then it is asked for all."""
+    resumes = _had_bytes(request) > 0
+    digest = Digest(request["digest"])
+    try:
+        return _unpacked(request, _blob(registry, request), digest, progress)
+    except Error:
+        if not (resumes and digest.is_wrong):
+            raise
+    progress.reset()
+    return _unpacked(request, _blob(registry, request), Digest(request["digest"]), progress)
+
+
+def _had_bytes(request: Request) -> int:
+    """How much of the blob is on the disk; 0 where that is of no use."""
+    try:
+        size: int = Path(request["partial"]).stat().st_size
+    except FileNotFoundError:
+        return 0
+    return size if size <= request["size_bytes"] else 0
+
+
 def _blob(registry: "Registry", request: Request) -> Iterator[bytes]:
     """The blob; what an interrupted pull had of it comes from the disk, and what comes from the registry goes there."""
     pace = Pace(Path(request["pace"]["path"]), request["pace"]["bytes_per_s"]) if request.get("pace") else None
     with Path(request["partial"]).open("ab") as partial:
-        start = partial.tell()
-        if start > request["size_bytes"]:  # of no use
-            partial.truncate(start := 0)
+        partial.truncate(start := _had_bytes(request))
         yield from Extent(Path(partial.name), 0, start).chunks()
         for chunk in registry.blob(request["digest"], request["size_bytes"], start):
             partial.write(chunk)
@@ -242,15 +263,18 @@ def _blob(registry: "Registry", request: Request) -> Iterator[bytes]:
                 pace.wait(len(chunk))
 
 
-def _unpacked(request: Request, chunks: Iterable[bytes], progress: Progress) -> dict[str, Any]:
-    """fetch → count, hash | decrypt, decompress → hash | unpack: three threads, each a few chunks ahead of the next."""
+def _unpacked(request: Request, chunks: Iterable[bytes], compressed: Digest, progress: Progress) -> dict[str, Any]:
+    """fetch → count, hash | decrypt, decompress → hash | unpack: three threads, each a few chunks ahead of the next.
+
+    `compressed` has the blob's digest then, as far as it came.
+    """
     subject = f"layer {request['digest'] or request['diff_id']}"
     encryption = request["encryption"]
     decryption = _decryption(encryption["keys_path"], encryption["annotations"], subject) if encryption else None
     directory = Path(request["directory"])
     remove_tree(directory)
     directory.mkdir(mode=0o700)
-    compressed, plain = Digest(request["digest"]), Digest(request["diff_id"])
+    plain = Digest(request["diff_id"])
     counted = progress.counting_fetched(chunks)
     fetched = ahead(compressed.of(counted) if request["digest"] else counted)
     clear = fetched if decryption is None else decryption.of(fetched)

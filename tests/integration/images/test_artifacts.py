@@ -15,7 +15,7 @@ import pytest
 from cri.image_service.catalog import Image
 from cri.image_service.images import Images
 from oci.container_spec import ContainerId
-from oci.errors import Error, InvalidArgument, NotFound, Unavailable
+from oci.errors import Error, InvalidArgument, NotFound
 from oci.image_volumes import ImageMount, ImageVolumes
 from tests.fakes import layers
 from tests.fakes.image_store import run, settings
@@ -302,11 +302,11 @@ def test_an_interrupted_pull_of_an_artifact_goes_on_at_the_byte_it_had_reached(
     registry.add("team/model", "1", artifact([("weights", content)]))
     where = settings(tmp_path, registry)
     blob = f"/v2/team/model/blobs/{layers.digest(content)}"
-    cut, gone = cut_after(50_000), status(500)
+    cut, gone = cut_after(50_000), status(404)
     registry.trouble[blob] = lambda handler: (gone if "Range" in handler.headers else cut)(handler)
 
     async def broken(images: Images) -> None:
-        with pytest.raises(Unavailable):
+        with pytest.raises(NotFound):
             await images.pull(f"{NAME}:1")
         assert images.list() == ()
 

@@ -1,4 +1,4 @@
-"""A source that hardly sends, or not for long, is asked again or passed over; what has come of a blob is kept."""
+"""A source that hardly sends, breaks off or lies is asked again or passed over; what has come of a blob is kept."""
 
 import contextlib
 import os
@@ -17,16 +17,20 @@ from cri.image_service.layer_request import LayerRequests
 from cri.image_service.manifest import Descriptor
 from cri.image_service.registry import Registry, Session, Source, Timeouts
 from cri.image_service.snapshots import LayerDirectory
-from oci.errors import NotFound, Unavailable
+from oci.errors import Error, NotFound, Unavailable
 from tests.fakes import layers
 from tests.fakes.layers import file, tar
 from tests.fakes.registry import Answer, FakeRegistry, Handler, cut_after, drip, in_turn, status, times
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="layers hold owners")
 
-APP = layers.image([tar([file("big", os.urandom(600_000))])])
+CONTENT = os.urandom(600_000)
+APP = layers.image([tar([file("big", CONTENT)])])
 BLOB = APP.layers[0]
 DIGEST = layers.digest(BLOB)
+
+
+FLIPPED = BLOB[:1000] + bytes([BLOB[1000] ^ 1]) + BLOB[1001:]
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +64,12 @@ def client_of(served: FakeRegistry, read_s: float = 5) -> Registry:
 
 def ranges(served: FakeRegistry) -> list[str]:
     return [seen["range"] for seen in served.headers_seen if "range" in seen]
+
+
+def asked_from(served: FakeRegistry) -> list[int]:
+    """At which byte each request for the blob began."""
+    asked = [seen.get("range", "bytes=0-") for seen in served.headers_seen]
+    return [int(each.removeprefix("bytes=").removesuffix("-")) for each in asked]
 
 
 def fetch(tmp_path: Path, *sources: FakeRegistry) -> dict[str, Any]:
@@ -206,3 +216,48 @@ def test_a_registry_that_does_not_answer_at_first_is_not_waited_for() -> None:
     with pytest.raises(Unavailable, match=r"Connection refused$"):
         next(client_of(registry).blob(DIGEST, len(BLOB)))
     assert time.monotonic() - began < 0.5
+
+
+# ---- wrong bytes
+
+
+def partial_of(tmp_path: Path) -> Path:
+    directory = LayerDirectory(tmp_path / "images")
+    directory.prepare()
+    return directory.partial("layer")
+
+
+def test_wrong_bytes_of_a_mirror_that_broke_off_are_not_the_next_sources_fault(
+    tmp_path: Path, registry: FakeRegistry, mirror: FakeRegistry
+) -> None:
+    mirror.blobs[DIGEST] = FLIPPED
+    mirror.trouble[DIGEST] = in_turn(cut_after(300_000), status(404))
+
+    fetch(tmp_path, mirror, registry)
+
+    assert (tmp_path / "layer/diff/big").read_bytes() == CONTENT
+    assert asked_from(registry) == [300_000, 0]
+    assert not partial_of(tmp_path).exists()
+
+
+@pytest.mark.parametrize("left", [bytes(100_000), FLIPPED, FLIPPED + b"more"], ids=["some", "all", "too much"])
+def test_wrong_bytes_on_the_disk_are_fetched_anew(tmp_path: Path, registry: FakeRegistry, left: bytes) -> None:
+    partial_of(tmp_path).write_bytes(left)
+
+    fetch(tmp_path, registry)
+
+    assert (tmp_path / "layer/diff/big").read_bytes() == CONTENT
+    assert not partial_of(tmp_path).exists()
+
+
+def test_a_source_that_lies_from_the_first_byte_on_is_asked_once_more_only_where_others_may_have_lied(
+    tmp_path: Path, registry: FakeRegistry, mirror: FakeRegistry
+) -> None:
+    mirror.blobs[DIGEST] = registry.blobs[DIGEST] = FLIPPED
+    partial_of(tmp_path).write_bytes(bytes(1000))
+
+    with pytest.raises(Error, match=f"has the digest {layers.digest(FLIPPED)}, expected {DIGEST}"):
+        fetch(tmp_path, mirror, registry)
+
+    assert (asked_from(mirror), asked_from(registry)) == ([1000, 0], [0])
+    assert not partial_of(tmp_path).exists()
