@@ -470,7 +470,14 @@ class Images:
             progress.bytes_fetched, progress.bytes_total = now["done_bytes"], now["total_bytes"]
             progress.changed()
 
-        request = {"verb": "save", "path": str(path), "temporary": str(temporary), "format": form, "images": images}
+        request = {
+            "verb": "save",
+            "path": str(path),
+            "temporary": str(temporary),
+            "format": form,
+            "images": images,
+            "paces": self._requests.paces(source for image in images for source in image["sources"]),
+        }
         try:
             done = await self._workers.call({**request, **self._timeouts}, progressed)
         except BaseException:  # a worker that was killed has left something

@@ -1,6 +1,6 @@
 """What a worker is asked for, to have a layer: of a registry, or of an archive."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ class WantedLayer:
 
     content: Content
     request: dict[str, Any]
-    registry: str = ""
+    registry: str = ""  # the host that is asked first, in whose queue the layer waits
 
     @property
     def id(self) -> str:
@@ -46,19 +46,25 @@ class LayerRequests:
 
     def remote(self, content: Content, sources: Sequence[dict[str, Any]], session: dict[str, Any]) -> WantedLayer:
         """The layer from `sources`, the first to be asked first, in a session that the same registry has begun."""
-        host = sources[0]["host"]
-        limit = self._limits.get(host)
         request = {
             **self._request(content),
             "sources": sources,
             "session": session,
+            "paces": self.paces(sources),
             "size_bytes": content.blob.size_bytes,
             "partial": str(self._directory.partial(content.partial)),
             **self._timeouts,
         }
-        if limit is not None and limit.bytes_per_s:
-            request["pace"] = {"path": str(self._directory.pace(host)), "bytes_per_s": limit.bytes_per_s}
-        return WantedLayer(content, request, host)
+        return WantedLayer(content, request, sources[0]["host"])
+
+    def paces(self, sources: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """By host, what the worker keeps the rate with of those of `sources` that have one."""
+        limited = {host: limit for each in sources if (limit := self._limits.get(host := each["host"])) is not None}
+        return {
+            host: {"path": str(self._directory.pace(host)), "bytes_per_s": limit.bytes_per_s}
+            for host, limit in limited.items()
+            if limit.bytes_per_s
+        }
 
     def local(self, content: Content, extent: dict[str, Any]) -> WantedLayer:
         """The layer from where it lies in a file."""

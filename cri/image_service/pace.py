@@ -2,6 +2,7 @@
 
 import fcntl
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _BURST_S = 0.25
@@ -13,6 +14,12 @@ class Pace:
     def __init__(self, path: Path, bytes_per_s: float) -> None:
         self._path = path
         self._bytes_per_s = bytes_per_s
+
+    def of(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """The same chunks, each only when the one before it may have been fetched."""
+        for chunk in chunks:
+            yield chunk
+            self.wait(len(chunk))
 
     def wait(self, size_bytes: int) -> None:
         """Returns when `size_bytes` more may have been fetched."""

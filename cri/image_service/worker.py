@@ -216,7 +216,7 @@ def layer(request: Request, progress: Progress) -> dict[str, Any]:
     for at, source in enumerate(request["sources"]):
         registry = _registry(source, session, request)
         try:
-            return _layer_of(registry, request, progress)
+            return _layer_of(source["host"], registry, request, progress)
         except Error as error:
             if at == len(request["sources"]) - 1:
                 raise type(error)(_with_earlier(error, failed)) from error
@@ -227,18 +227,18 @@ def layer(request: Request, progress: Progress) -> dict[str, Any]:
     raise NotFound(f"layer {request['digest']} has no place to be asked for")
 
 
-def _layer_of(registry: "Registry", request: Request, progress: Progress) -> dict[str, Any]:
+def _layer_of(host: str, registry: "Registry", request: Request, progress: Progress) -> dict[str, Any]:
     """The layer from one source, which is blamed for no other bytes than its own: with what another one sent, or an
     earlier try left, a wrong digest says nothing about it. Then it is asked for all."""
     resumes = _had_bytes(request) > 0
     digest = Digest(request["digest"])
     try:
-        return _unpacked(request, _blob(registry, request), digest, progress)
+        return _unpacked(request, _blob(host, registry, request), digest, progress)
     except Error:
         if not (resumes and digest.is_wrong):
             raise
     progress.reset()
-    return _unpacked(request, _blob(registry, request), Digest(request["digest"]), progress)
+    return _unpacked(request, _blob(host, registry, request), Digest(request["digest"]), progress)
 
 
 def _had_bytes(request: Request) -> int:
@@ -250,17 +250,20 @@ def _had_bytes(request: Request) -> int:
     return size if size <= request["size_bytes"] else 0
 
 
-def _blob(registry: "Registry", request: Request) -> Iterator[bytes]:
+def _paced(chunks: Iterator[bytes], host: str, request: Request) -> Iterator[bytes]:
+    """The same chunks, no faster than the rate of the registry at `host`."""
+    pace = request["paces"].get(host)
+    return chunks if pace is None else Pace(Path(pace["path"]), pace["bytes_per_s"]).of(chunks)
+
+
+def _blob(host: str, registry: "Registry", request: Request) -> Iterator[bytes]:
     """The blob; what an interrupted pull had of it comes from the disk, and what comes from the registry goes there."""
-    pace = Pace(Path(request["pace"]["path"]), request["pace"]["bytes_per_s"]) if request.get("pace") else None
     with Path(request["partial"]).open("ab") as partial:
         partial.truncate(start := _had_bytes(request))
         yield from Extent(Path(partial.name), 0, start).chunks()
-        for chunk in registry.blob(request["digest"], request["size_bytes"], start):
+        for chunk in _paced(registry.blob(request["digest"], request["size_bytes"], start), host, request):
             partial.write(chunk)
             yield chunk
-            if pace is not None:
-                pace.wait(len(chunk))
 
 
 def _unpacked(request: Request, chunks: Iterable[bytes], compressed: Digest, progress: Progress) -> dict[str, Any]:
@@ -407,6 +410,7 @@ class _Fetching:
 
     def __init__(self, sources: list[dict[str, Any]], request: Request, stack: contextlib.ExitStack) -> None:
         session = _session(request)
+        self._request = request
         self._registries = [(source["host"], _registry(source, session, request)) for source in sources]
         for _, registry in self._registries:
             stack.callback(registry.close)
@@ -414,7 +418,7 @@ class _Fetching:
     def blob(self, wanted: Descriptor) -> Iterator[bytes]:
         failed = []
         for host, registry in tuple(self._registries):
-            chunks = registry.blob(wanted.digest, wanted.size_bytes)
+            chunks = _paced(registry.blob(wanted.digest, wanted.size_bytes), host, self._request)
             try:
                 first = next(chunks, b"")
             except Error as error:

@@ -21,7 +21,7 @@ from oci.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from tests.fakes import layers
 from tests.fakes.image_store import run, settings
 from tests.fakes.layers import directory, file, tar
-from tests.fakes.registry import FakeRegistry, after
+from tests.fakes.registry import FakeRegistry, after, status
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="layers hold owners and device nodes")
 
@@ -69,6 +69,46 @@ def test_a_registrys_rate_bounds_all_its_layers_together(tmp_path: Path, registr
         return time.monotonic() - began
 
     assert run(settings(tmp_path, registry, registry_limits=limits), story) > 300_000 / 150_000 - 0.5
+
+
+def test_the_rate_is_that_of_the_source_that_sends_the_bytes(tmp_path: Path, registry: FakeRegistry) -> None:
+    built = registry.add("team/app", "1", three_layers())
+    with FakeRegistry() as mirror:
+        mirror.add("team/app", "1", built)
+        mirror.trouble |= {layers.digest(blob): status(404) for blob in built.layers}
+        mirrors = (
+            f'[[registry]]\nprefix = "user.test"\nlocation = "{registry.address}"\ninsecure = true\n'
+            f'[[registry.mirror]]\nlocation = "{mirror.address}"\ninsecure = true\n'
+        )
+
+        async def story(images: Images) -> float:
+            began = time.monotonic()
+            await images.pull("user.test/team/app:1")
+            taken_s = time.monotonic() - began
+            await images.remove("user.test/team/app:1")
+            return taken_s
+
+        held = {registry.address: RegistryLimit(bytes_per_s=150_000)}
+        not_held = {mirror.address: RegistryLimit(bytes_per_s=1000)}
+        assert run(settings(tmp_path, extra=mirrors, registry_limits=held), story) > 300_000 / 150_000 - 0.5
+        assert run(settings(tmp_path, extra=mirrors, registry_limits=not_held), story) < 20
+
+
+def test_the_rate_bounds_also_what_is_fetched_to_be_saved(tmp_path: Path, registry: FakeRegistry) -> None:
+    registry.add("team/app", "1", three_layers())
+
+    async def pull(images: Images) -> None:
+        await images.pull(f"{NAME}:1")
+
+    async def save(images: Images) -> float:
+        began = time.monotonic()
+        [saved] = await images.save([f"{NAME}:1"], tmp_path / "app.tar", "oci-archive")
+        assert saved.regenerated == ""
+        return time.monotonic() - began
+
+    run(settings(tmp_path, registry), pull)
+    limits = {registry.address: RegistryLimit(bytes_per_s=150_000)}
+    assert run(settings(tmp_path, registry, registry_limits=limits), save) > 300_000 / 150_000 - 0.5
 
 
 def test_a_pull_can_be_ended_by_its_name_whoever_waits_for_it(tmp_path: Path, registry: FakeRegistry) -> None:
